@@ -1,0 +1,414 @@
+"""JSON Lines rows to token batches: reading and checking rows, prompts and answers, padding.
+
+    python data.py check x.jsonl --model models/smollm2-135m     # counts, lengths, one row shown
+
+A row becomes  prompt = frame(system line, question + text)  and  answer = "Yes. Because ..." + end
+of turn. The prompt ends where the assistant would speak; the score head reads its last token.
+
+Notation: B rows, T tokens (the longest row's), A answer tokens of the batch.
+"""
+
+import argparse
+import json
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+QUESTION = "Is the answer yes for the following text?"
+SYSTEM = "Answer the question about the text, then explain your answer."
+
+# --- rows -----------------------------------------------------------------------------------------
+
+
+class DataError(ValueError):
+    """Bad input data: "file:line: what is wrong"."""
+
+
+def _is(kind):
+    return lambda value: isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _clean(value):
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+FIELDS = {  # name: (test, what is due)
+    "text": (lambda v: _clean(v) and v.strip() != "", "text that is not blank"),
+    "label": (lambda v: v in (0, 1) and isinstance(v, int), "0 or 1"),
+    "explanation": (_clean, "a string"),
+    "id": (lambda v: _clean(v) or _is(int)(v), "a string or a whole number"),
+    "group": (_clean, "a string"),
+    "probability": (lambda v: _is((int, float))(v) and 0 <= v <= 1, "a number from 0 to 1"),
+    "evidence": (lambda v: isinstance(v, list) and all(map(_clean, v)), "a list of strings"),
+}
+
+
+def _constant(name):
+    raise ValueError(f"{name} is not JSON")
+
+
+def _read_row(line, number, labels):
+    """One line -> a row with the known fields only; ValueError says what is wrong."""
+    try:
+        raw = json.loads(line.decode("utf-8"), parse_constant=_constant)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line)") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+    if not isinstance(raw, dict):
+        raise ValueError("not a JSON object")
+    row = {key: raw[key] for key in FIELDS if raw.get(key) is not None}
+    for key in ("text", "label") if labels else ("text",):
+        if key not in row:
+            raise ValueError(f"no {key}")
+    for key, value in row.items():
+        test, due = FIELDS[key]
+        if not test(value):
+            shown = json.dumps(value)
+            raise ValueError(f"{key} is {shown[:60]}; due is {due}")
+    row.setdefault("id", number)
+    if "label" in row:
+        row["label"] = int(row["label"])
+    if not row.get("explanation", "").strip():
+        row.pop("explanation", None)
+    return row
+
+
+def read_rows(path, labels=True):
+    """A JSON Lines file -> list of row dicts (`id` filled in; unknown fields left out).
+
+    labels: each row must have one, and both classes must occur. DataError lists the first ten
+    problems as "file:line: what is wrong" and counts the rest; no line is dropped silently.
+    """
+    path, rows, problems, seen = Path(path), [], [], {}
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                try:
+                    row = _read_row(line, number, labels)
+                    if (first := seen.setdefault(str(row["id"]), number)) != number:
+                        raise ValueError(f"id {row['id']!r} stands in line {first} already")
+                    rows.append(row)
+                except ValueError as error:
+                    problems.append(f"{path}:{number}: {error}")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    if not rows and not problems:
+        problems = [f"{path}:1: the file is empty"]
+    classes = {row["label"] for row in rows if "label" in row}
+    if labels and not problems and len(classes) < 2:
+        problems = [f"{path}:1: every label is {classes.pop()}; both classes are needed"]
+    if problems:
+        more = f"\n... and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise DataError("\n".join(problems[:10]) + more)
+    return rows
+
+
+def split_valid(rows, fraction, seed):
+    """(train, valid): whole groups, shuffled by the seed, fill valid to that share of the rows."""
+    groups = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(row.get("group", ("row", index)), []).append(row)
+    keys, valid = list(groups), []
+    for index in np.random.default_rng(seed).permutation(len(keys)):
+        if len(valid) >= fraction * len(rows):
+            break
+        valid += groups.pop(keys[index])
+    train = [row for group in groups.values() for row in group]
+    for name, side in (("training", train), ("validation", valid)):
+        if len({row["label"] for row in side}) < 2:
+            raise DataError(f"the {name} side of --valid-fraction {fraction} has one class only "
+                            f"({len(side)} of {len(rows)} rows); give --valid or another fraction")
+    return train, valid
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+# Each frame: its special tokens (the last one ends an answer) and the prompt around {user}, which
+# is question, blank line, text. A tokenizer gets the first frame whose special tokens it has.
+# They equal the models' own chat templates for [system, user] except: Llama-3.1's date header,
+# Qwen3's empty think block.
+FRAMES = {
+    "chatml": (
+        ("<|im_start|>", "<|im_end|>"),
+        "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
+        "<|im_start|>assistant\n",
+    ),
+    "llama3": (
+        ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n{user}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    "mistral": (("<s>", "[INST]", "[/INST]", "</s>"), "<s>[INST]{system}\n\n{user}[/INST]"),
+    "plain": ((), "{system}\n\n{user}\n\nAnswer:\n"),
+    "llama2": (("<s>", "</s>"), "<s>[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST]"),
+}
+
+
+class Prompts:
+    """Rows to token ids and back, for one tokenizer, one question and one pair of label words.
+
+    A row's text never acts as markup: plain text is encoded by a second tokenizer, the same one
+    without its added tokens, so "<|im_end|>" in a text is ordinary characters. Where [INST] is no
+    token of its own (llama2), a space breaks it in the text.
+    """
+
+    def __init__(self, folder, question=QUESTION, labels=("no", "yes"), format=None,
+                 max_prompt=1024, max_answer=256):
+        folder = Path(folder)
+        try:
+            spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+            self.tokenizer = Tokenizer.from_str(json.dumps(spec))
+            self.plain = Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
+        except Exception as error:  # tokenizers raises nothing narrower
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{folder / 'tokenizer.json'}: {reason}") from None
+        for tokenizer in (self.tokenizer, self.plain):
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+        if len({word.strip().lower() for word in labels} - {""}) != 2:
+            raise ValueError(f"label words {labels}: two different words are due")
+        self.question, self.labels = question, tuple(word.strip() for word in labels)
+        self.max_prompt, self.max_answer = max_prompt, max_answer
+        has = self.tokenizer.token_to_id
+        self.format = format or next(
+            name for name, (specials, _) in FRAMES.items() if all(has(s) is not None for s in specials)
+        )
+        self._lay_out_frame()
+        self.stop_ids = self._stop_ids(folder)
+        # "No.", "Yes.": the strings whose log-probability is the label-token score
+        self.label_ids = [self._encode(f"{self.word(label)}.").ids for label in (0, 1)]
+
+    def settings(self):
+        """What a run has to remember: Prompts(folder, **settings) builds the same again."""
+        names = ("question", "labels", "format", "max_prompt", "max_answer")
+        return {name: getattr(self, name) for name in names}
+
+    def _lay_out_frame(self):
+        """The frame as ids before, plain text around the row's text, and ids after."""
+        specials, frame = FRAMES[self.format]
+        pattern = "|".join(map(re.escape, specials)) or "$^"
+        parts = [part for part in re.split(f"({pattern})", frame) if part]
+        at = next(i for i, part in enumerate(parts) if "{user}" in part)
+
+        def ids(part):
+            if part not in specials:
+                return self._encode(part.replace("{system}", SYSTEM)).ids
+            if (index := self.tokenizer.token_to_id(part)) is None:
+                raise ValueError(f"format {self.format}: the tokenizer has no token {part}")
+            return [index]
+
+        # A base model's own start token, if its tokenizer puts one there
+        self.before = self.tokenizer.encode("").ids[:1] if self.format == "plain" else []
+        self.before += [i for part in parts[:at] for i in ids(part)]
+        self.after = [i for part in parts[at + 1 :] for i in ids(part)]
+        self.opening, self.closing = parts[at].replace("{system}", SYSTEM).split("{user}")
+        self.opening += self.question + "\n\n"
+
+    def _stop_ids(self, folder):
+        """Ids that end an answer; the first is the one that training puts there."""
+        specials = FRAMES[self.format][0]
+        stops = [self.tokenizer.token_to_id(specials[-1])] if specials else []
+        for name in ("generation_config.json", "config.json"):
+            path = folder / name
+            eos = json.loads(path.read_text("utf-8")).get("eos_token_id") if path.exists() else None
+            stops += eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not stops:
+            raise ValueError(f"{folder}: neither a frame nor config.json names an end of turn")
+        return list(dict.fromkeys(stops))
+
+    def _encode(self, text):
+        return self.plain.encode(text, add_special_tokens=False)
+
+    def word(self, label):
+        """The label's word with its first letter upper-cased: 1 -> "Yes"."""
+        return self.labels[label][0].upper() + self.labels[label][1:]
+
+    def prompt(self, text):
+        """text -> (token ids, how many of the text's tokens were cut to keep to max_prompt).
+
+        The plain text between two special tokens is one call of the tokenizer: encoded apart,
+        "?\\n\\n" and what follows would give other tokens than together. The cut is made in the
+        middle of the text, never in frame or question.
+        """
+        if self.format == "llama2":
+            text = re.sub(r"(\[/?)(INST\])", r"\1 \2", text)
+        encoded = self._encode(self.opening + text + self.closing)
+        ids, start = encoded.ids, len(self.opening)
+        cut = max(0, len(self.before) + len(ids) + len(self.after) - self.max_prompt)
+        if cut:
+            inside = [i for i, (a, b) in enumerate(encoded.offsets)
+                      if start <= a and b <= start + len(text)]
+            if cut >= len(inside):
+                raise DataError(f"max-prompt {self.max_prompt} leaves no room for the text: frame "
+                                f"and question alone take {self.max_prompt + cut - len(inside)}")
+            first = inside[(len(inside) - cut + 1) // 2]
+            ids = ids[:first] + ids[first + cut :]
+        return self.before + ids + self.after, cut
+
+    def answer(self, label, explanation):
+        """Token ids of "Yes. Because ..." and the end of turn."""
+        return self._encode(f"{self.word(label)}. {explanation.strip()}").ids + self.stop_ids[:1]
+
+    def decode(self, ids):
+        return self.tokenizer.decode([i for i in ids if i not in self.stop_ids])
+
+    def stated_label(self, answer):
+        """The label that an answer states: it starts with a label word (longest first, any case)
+        followed by . , : ; or the end. None: unparsable."""
+        for word, label in sorted(((w, i) for i, w in enumerate(self.labels)), key=lambda x: -len(x[0])):
+            if re.match(re.escape(word) + r"\s*([.,:;]|$)", answer.strip(), re.IGNORECASE):
+                return label
+        return None
+
+    def explanation_of(self, answer):
+        """The answer without the stated label at its start."""
+        label = self.stated_label(answer)
+        return answer.strip()[len(self.labels[label]) :].lstrip(" .,:;") if label is not None else answer
+
+
+# --- examples and batches -------------------------------------------------------------------------
+
+
+@dataclass
+class Example:
+    """One row as tokens. `answer` is empty where the row has no explanation."""
+
+    id: str | int
+    prompt: list
+    answer: list
+    label: int | None
+    tokens_cut: int
+
+    def __len__(self):
+        return len(self.prompt) + len(self.answer)
+
+
+def encode_rows(rows, prompts, answers=True):
+    """Row dicts -> Examples. DataError for an answer over max_answer (it is never cut)."""
+    examples = []
+    for row in rows:
+        prompt, cut = prompts.prompt(row["text"])
+        answer = []
+        if answers and "explanation" in row:
+            answer = prompts.answer(row["label"], row["explanation"])
+            if len(answer) > prompts.max_answer:
+                raise DataError(f"row {row['id']!r}: the answer takes {len(answer)} tokens, "
+                                f"max-answer is {prompts.max_answer}")
+        examples.append(Example(row["id"], prompt, answer, row.get("label"), cut))
+    return examples
+
+
+@dataclass
+class Batch:
+    """Rows padded on the right. Everything comes from the lengths; pad ids are never looked at."""
+
+    input_ids: torch.Tensor  # (B, T) int64
+    prompt_end: torch.Tensor  # (B,) index of the last prompt token: what the score head reads
+    labels: torch.Tensor  # (B,) float32
+    answer_rows: torch.Tensor  # (A,) row and
+    answer_positions: torch.Tensor  # (A,) position of the hidden state that predicts each target
+    targets: torch.Tensor  # (A,) the answers' tokens
+
+    def to(self, device):
+        return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+def collate(examples, device="cpu"):
+    """Examples -> Batch. The target at position t is token t + 1, so the first answer token is
+    predicted at the prompt's end and the end of turn at the last answer token but one."""
+    input_ids = torch.zeros(len(examples), max(map(len, examples)), dtype=torch.long)
+    rows, positions, targets = [], [], []
+    for i, example in enumerate(examples):
+        input_ids[i, : len(example)] = torch.tensor(example.prompt + example.answer)
+        rows += [i] * len(example.answer)
+        positions += range(len(example.prompt) - 1, len(example) - 1)
+        targets += example.answer
+    return Batch(
+        input_ids,
+        torch.tensor([len(example.prompt) - 1 for example in examples]),
+        torch.tensor([float(example.label or 0) for example in examples]),
+        *(torch.tensor(x, dtype=torch.long) for x in (rows, positions, targets)),
+    ).to(device)
+
+
+# --- looking at the data --------------------------------------------------------------------------
+
+
+def printable(text):
+    """Text with control characters escaped (new line and tab stay): safe to print to a terminal."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else repr(c)[1:-1] for c in text)
+
+
+def show(example, prompts):
+    """One row as the model sees it: the prompt, its end, and the supervised tokens."""
+    def text(ids):
+        return printable(prompts.tokenizer.decode(ids, skip_special_tokens=False))
+
+    answer = "|".join(text([i]) for i in example.answer) or "(none: this row trains the score head only)"
+    return (f"{text(example.prompt)}\n<- prompt end: {len(example.prompt)} tokens; the score head reads "
+            f"the last\n{answer}\n<- {len(example.answer)} supervised tokens, separated by |")
+
+
+def check(args):
+    """Prints counts, class balance, token lengths, what is cut, duplicates, and one row."""
+    rows = read_rows(args.data)
+    prompts = Prompts(args.model, args.question, args.labels, args.format, args.max_prompt, 10**9)
+    examples = encode_rows(rows, prompts)
+    positives, groups = sum(row["label"] for row in rows), Counter(r.get("group") for r in rows)
+    texts = Counter(row["text"] for row in rows)
+    answers = [len(example.answer) for example in examples if example.answer]
+    cut = [example.tokens_cut for example in examples if example.tokens_cut]
+    over = sum(length > args.max_answer for length in answers)
+    lone = groups.pop(None, 0)
+
+    def quantiles(lengths):
+        low, middle, high = np.percentile(lengths, [0, 50, 100])
+        return f"{low:.0f} to {high:.0f}, median {middle:.0f} tokens"
+
+    print(f"rows             {len(rows)}: {positives} of class 1 "
+          f"({prompts.word(1)}, {positives / len(rows):.1%}), {len(rows) - positives} of class 0")
+    print(f"explanations     {len(answers)}; {len(rows) - len(answers)} rows without one")
+    print(f"prompts          {quantiles([len(example.prompt) for example in examples])}")
+    print(f"answers          {quantiles(answers or [0])}; {over} over --max-answer {args.max_answer}")
+    print(f"cut              {len(cut)} texts over --max-prompt {args.max_prompt} lose {sum(cut)} tokens")
+    print(f"groups           {len(groups)}; {lone} rows without one")
+    print(f"duplicate texts  {sum(n - 1 for n in texts.values())}")
+    print(f"\nfirst row, format {prompts.format}:\n{show(examples[0], prompts)}")
+
+
+def add_prompt_arguments(parser):
+    """The flags that make a prompt: the same in every script that encodes rows."""
+    parser.add_argument("--question", default=QUESTION, help="asked above every text")
+    parser.add_argument("--labels", nargs=2, default=["no", "yes"], metavar=("ZERO", "ONE"),
+                        help="the words for class 0 and class 1")
+    parser.add_argument("--format", choices=FRAMES, help="chat frame (default: by the tokenizer)")
+    parser.add_argument("--max-prompt", type=int, default=1024, help="tokens; the text is cut to fit")
+    parser.add_argument("--max-answer", type=int, default=256, help="tokens; a longer one is an error")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    checker = commands.add_parser("check", help="counts, lengths, and one row as the model sees it")
+    checker.add_argument("data", help="a JSON Lines file")
+    checker.add_argument("--model", default="models/smollm2-135m", help="folder with tokenizer.json")
+    add_prompt_arguments(checker)
+    args = parser.parse_args(argv)
+    check(args)
+
+
+if __name__ == "__main__":
+    from clsgen import run_main
+
+    run_main(main)

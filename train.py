@@ -1,0 +1,304 @@
+"""Joint training of CLSGen: LoRA and a score head on one Llama, both losses in every step.
+
+    python train.py --data examples/discharge/train.jsonl --valid examples/discharge/valid.jsonl
+
+The baselines are the same loop with one weight at zero: --lm-weight 0 is a plain classifier,
+--cls-weight 0 plain generative fine-tuning. The run folder holds all that a prediction needs except
+the base weights; log.jsonl has a line for every step and every validation.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from tqdm import tqdm
+
+from clsgen import (TARGETS, CLSGen, Run, add_lora, base_fingerprint, joint_loss, pick_device, pick_dtype,
+                    run_main, versions, write_atomically)
+from data import (DataError, Prompts, add_prompt_arguments, collate, encode_rows, printable, read_rows,
+                  show, split_valid)
+from eval import auroc, best_f1_threshold, calibration_slope, ece, ece_floor, f1_score, log_loss, table
+from model import load_llama
+
+# --- arguments ------------------------------------------------------------------------------------
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    # data
+    add("--data", required=True, type=Path, help="training rows, JSON Lines")
+    add("--valid", type=Path, help="validation rows, JSON Lines")
+    add("--valid-fraction", type=float, default=0.1, help="without --valid: this share of --data")
+    add("--valid-rows", type=int, default=500, help="validate on at most this many rows")
+    add_prompt_arguments(parser)
+    # model
+    add("--model", default="models/smollm2-135m", help="Hugging Face folder of the base model")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
+        help="of the base; auto: bfloat16 where the processor has it")
+    add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    add("--rank", type=int, default=16, help="of LoRA")
+    add("--alpha", type=float, default=32.0, help="LoRA's product is scaled by alpha / rank")
+    add("--targets", nargs="+", default=list(TARGETS), choices=TARGETS, metavar="PROJ",
+        help="projections that LoRA wraps")
+    add("--checkpointing", action="store_true", help="recompute activations: less memory, slower")
+    # loss
+    add("--cls-weight", type=float, default=1.0, help="of the score head's BCE")
+    add("--lm-weight", type=float, default=1.0, help="of the explanations' cross-entropy")
+    # steps
+    add("--epochs", type=float, default=3.0, help="passes over the training rows")
+    add("--batch", type=int, default=16, help="rows of one optimizer step")
+    add("--micro-batch", type=int, default=4, help="rows of one forward pass")
+    add("--lr", type=float, default=1e-3, help="peak learning rate of LoRA")
+    add("--head-lr", type=float, default=3e-3, help="peak learning rate of the score head")
+    add("--warmup", type=float, default=0.05, help="share of the steps; then linear decay to zero")
+    add("--clip", type=float, default=1.0, help="gradient norm, LoRA and head together")
+    add("--seed", type=int, default=0, help="of initial values, order and validation split")
+    # run folder
+    add("--out", type=Path, help="run folder (default: runs/ and the name of --data)")
+    add("--overwrite", action="store_true", help="replace a run that is there")
+    add("--resume", type=Path, metavar="RUN", help="go on with a stopped run, under its own flags")
+    add("--valid-every", type=int, help="validate every so many steps (default: each epoch)")
+    add("--keep-best", action="store_true", help="keep the validation with the lowest BCE, not the last")
+    args = parser.parse_args(argv)
+    args.out = args.out or Path("runs") / args.data.stem
+    return args
+
+
+def check_arguments(args):
+    """All impossible flags in one ValueError."""
+    wrong = [f"--{name.replace('_', '-')} {getattr(args, name)} is below {low}" for name, low in (
+        ("rank", 1), ("batch", 1), ("micro_batch", 1), ("valid_rows", 1), ("max_prompt", 1),
+        ("max_answer", 1), ("seed", 0), ("cls_weight", 0), ("lm_weight", 0), ("warmup", 0),
+    ) if not getattr(args, name) >= low]
+    wrong += [f"--{name.replace('_', '-')} {getattr(args, name)} is not above 0"
+              for name in ("alpha", "epochs", "lr", "head_lr", "clip") if not getattr(args, name) > 0]
+    if args.cls_weight == args.lm_weight == 0:
+        wrong.append("--cls-weight and --lm-weight are both 0: nothing would train")
+    if not 0 < args.valid_fraction < 1:
+        wrong.append(f"--valid-fraction {args.valid_fraction} is not between 0 and 1")
+    if (args.out / "clsgen.json").exists() and not args.overwrite:
+        wrong.append(f"{args.out} has a run already; give another --out or --overwrite")
+    if wrong:
+        raise ValueError("; ".join(wrong))
+
+
+# --- data and schedule ----------------------------------------------------------------------------
+
+
+def load_data(args, prompts):
+    """(training, validation) rows, validation thinned to --valid-rows by the seed."""
+    rows = read_rows(args.data)
+    if args.valid:
+        valid = read_rows(args.valid)
+        shared = {row["group"] for row in rows if "group" in row} & {row.get("group") for row in valid}
+        if shared:
+            print(f"warning: {len(shared)} groups stand in both {args.data} and {args.valid}")
+    else:
+        rows, valid = split_valid(rows, args.valid_fraction, args.seed)
+    if len(valid) > args.valid_rows:
+        keep = np.random.default_rng(args.seed).permutation(len(valid))[: args.valid_rows]
+        valid = [valid[i] for i in sorted(keep)]
+    lone = [row["id"] for row in rows if "explanation" not in row]
+    if not args.cls_weight and lone:
+        raise DataError(f"--cls-weight 0 trains on explanations only; {len(lone)} rows have none, "
+                        f"the first is {lone[0]!r}")
+    return rows, valid
+
+
+def rows_of_step(step, n, batch, seed):
+    """Row numbers of one step: the epochs' shuffles end to end, cut into equal steps.
+
+    Random rows for each step, never rows sorted over the whole file: the classes' explanations
+    differ in length, so sorted steps are nearly of one class and BCE jumps from step to step.
+    """
+    places = range(step * batch, (step + 1) * batch)
+    epochs = {place // n for place in places}
+    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(n) for epoch in epochs}
+    return [int(orders[place // n][place % n]) for place in places]
+
+
+def micro_batches(examples, size):
+    """Sorted by length inside the step, so that each forward pass pads little."""
+    examples = sorted(examples, key=len)
+    return [examples[i : i + size] for i in range(0, len(examples), size)]
+
+
+def schedule(step, steps, warmup):
+    """Share of the peak learning rate: linear warm-up, then linear decay that ends at zero."""
+    rising = max(1, round(warmup * steps))
+    return min((step + 1) / rising, (steps - step) / max(1, steps - rising + 1))
+
+
+# --- validation -----------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def validate(model, examples, device, size=16):
+    """({"bce", "lm", "auroc"} over all rows, raw logits (N,)): measured, nothing is fitted here."""
+    order, z = sorted(range(len(examples)), key=lambda i: len(examples[i])), np.zeros(len(examples))
+    n_tokens = sum(len(example.answer) for example in examples)
+    bce = lm = 0.0
+    for start in range(0, len(order), size):
+        indices = order[start : start + size]
+        batch = collate([examples[i] for i in indices], device)
+        logit, logits = model(batch)
+        parts = joint_loss(logit, batch.labels, logits, batch.targets, len(examples), n_tokens, 1, 1)
+        bce, lm = bce + parts[1].item(), lm + parts[2].item()
+        z[indices] = logit.cpu()
+    y = [example.label for example in examples]
+    return {"bce": bce, "lm": lm if n_tokens else None, "auroc": auroc(y, sigmoid(z))}, z
+
+
+def sigmoid(z):
+    return (1 + np.tanh(np.asarray(z) / 2)) / 2
+
+
+def calibrate(y, z):
+    """(temperature, bias, sentence or None): sigmoid(z / T + b) by log loss (Platt 1999)."""
+    try:
+        if len(y) < 30:
+            raise ValueError(f"{len(y)} validation rows, 30 are due")
+        slope, bias = calibration_slope(y, sigmoid(z))
+        if slope <= 0:
+            raise ValueError(f"the fitted slope is {slope:.3f}: the score ranks the rows the wrong way")
+    except ValueError as error:
+        return 1.0, 0.0, f"not calibrated: {error}"
+    return 1 / slope, bias, None
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def train_step(model, optimizer, examples, args, share, device):
+    """One optimizer step over `examples` in micro-batches -> (BCE, LM loss or None)."""
+    n_tokens = sum(len(example.answer) for example in examples)
+    bce = lm = 0.0
+    for micro in micro_batches(examples, args.micro_batch):
+        batch = collate(micro, device)
+        z, logits = model(batch)
+        loss, *parts = joint_loss(z, batch.labels, logits, batch.targets, len(examples), n_tokens,
+                                  args.cls_weight, args.lm_weight)
+        loss.backward()
+        bce, lm = bce + parts[0].item(), lm + parts[1].item()
+    for group in optimizer.param_groups:
+        group["lr"] = share * group["peak"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+    if not math.isfinite(norm):
+        ids = ", ".join(str(example.id) for example in examples)
+        raise ValueError(f"the gradient is not finite; rows of this step: {ids}")
+    optimizer.step()
+    optimizer.zero_grad()
+    return bce, lm if n_tokens else None
+
+
+def main(argv=None):
+    args = parse(argv)
+    check_arguments(args)
+    torch.manual_seed(args.seed)
+    device = pick_device(args.device)
+    prompts = Prompts(args.model, args.question, args.labels, args.format, args.max_prompt, args.max_answer)
+    train_rows, valid_rows = load_data(args, prompts)
+    # Where the text does not train, its tokens need not be computed; validation still measures them
+    train = encode_rows(train_rows, prompts, answers=args.lm_weight > 0)
+    valid = encode_rows(valid_rows, prompts)
+    llama = load_llama(args.model, pick_dtype(args.dtype, device), device)
+    llama.checkpointing = args.checkpointing
+    model = CLSGen(add_lora(llama, args.rank, args.alpha, args.targets))
+    groups = model.parameter_groups()
+    peaks = {"lora": args.lr} | ({"head": args.head_lr} if args.cls_weight else {})
+    optimizer = torch.optim.AdamW(
+        [{"params": list(groups[name].values()), "peak": peak} for name, peak in peaks.items()],
+        lr=0.0, betas=(0.9, 0.99), weight_decay=0.0,
+    )
+    steps = max(1, round(args.epochs * len(train) / args.batch))
+    every = args.valid_every or max(1, math.ceil(len(train) / args.batch))
+    args.out.mkdir(parents=True, exist_ok=True)
+    config = {**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+              "device": str(device), "dtype": str(llama.norm.weight.dtype).removeprefix("torch."),
+              "format": prompts.format, "steps": steps, "threads": torch.get_num_threads()}
+    introduce(config, groups, train, valid, prompts)
+    log, start = open(args.out / "log.jsonl", "w"), time.perf_counter()
+
+    def write(line):
+        log.write(json.dumps(line) + "\n")
+        log.flush()
+
+    write({"config": config, "versions": versions()})
+    best, tokens = None, 0
+    bar = tqdm(total=steps, unit="step", desc="train")
+    for step in range(steps):
+        examples = [train[i] for i in rows_of_step(step, len(train), args.batch, args.seed)]
+        share = schedule(step, steps, args.warmup)
+        bce, lm = train_step(model, optimizer, examples, args, share, device)
+        tokens += sum(map(len, examples))
+        seconds = time.perf_counter() - start
+        write({"step": step + 1, "bce": bce, "lm": lm, "lr": share * args.lr, "tokens": tokens,
+               "seconds": round(seconds, 2)})
+        bar.update()
+        bar.set_postfix_str(f"bce {bce:.3f} lm {math.nan if lm is None else lm:.3f} {tokens / seconds:.0f} tok/s")
+        if (step + 1) % every == 0 or step + 1 == steps:
+            measured, z = validate(model, valid, device)
+            write({"step": step + 1, "valid": measured})
+            bar.write(f"step {step + 1}: validation bce {measured['bce']:.4f} "
+                      f"lm {measured['lm'] or math.nan:.4f} auroc {measured['auroc']:.4f}")
+    bar.close()
+    log.close()
+    base_rate = float(np.mean([row["label"] for row in train_rows]))
+    finish(args, model.eval(), prompts, valid_rows, z, base_rate)
+
+
+def introduce(config, groups, train, valid, prompts):
+    """The first screen: configuration, what trains, how much data, one row as the model sees it."""
+    print("  ".join(f"{key}={value}" for key, value in config.items() if value is not None))
+    for name, parameters in groups.items():
+        print(f"{name:7} {sum(p.numel() for p in parameters.values()):>12,} parameters")
+    tokens, cut = sum(map(len, train)), sum(example.tokens_cut > 0 for example in train)
+    print(f"train   {len(train):>12,} rows, {tokens:,} tokens an epoch, {cut} texts cut; "
+          f"{sum(not example.answer for example in train)} rows train the score head only")
+    print(f"valid   {len(valid):>12,} rows\n\n{show(train[0], prompts)}\n", flush=True)
+
+
+def finish(args, model, prompts, rows, z, base_rate):
+    """Calibration and threshold on the validation rows, the run folder, a table, three rows."""
+    y = np.array([row["label"] for row in rows])
+    meta = {
+        "base": str(args.model), "base_fingerprint": base_fingerprint(args.model),
+        "prompts": prompts.settings(), "scorer": "head" if args.cls_weight else "label_token",
+        "lora": {"rank": args.rank, "alpha": args.alpha, "targets": list(args.targets)},
+        "calibration": {"temperature": 1.0, "bias": 0.0}, "threshold": 0.5, "base_rate": base_rate,
+    }
+    run = Run(model, prompts, meta, str(args.out))
+    if not args.cls_weight:  # the score head never trained: the label token is the score
+        p = np.array([record["raw_probability"] for record in run.predict(rows, explain=False)])
+        z = np.log(p) - np.log1p(-p)
+    temperature, bias, sentence = calibrate(y, z)
+    print(sentence or f"calibrated on {len(y)} validation rows: temperature {temperature:.3f}, bias {bias:.3f}")
+    meta["calibration"] = {"temperature": temperature, "bias": bias}
+    p = sigmoid(z / temperature + bias)
+    meta["threshold"] = best_f1_threshold(y, p)
+    run.save(args.out)
+    floor, q95 = ece_floor(p)
+    columns = {name: {"auroc": auroc(y, q), "f1": f1_score(y, q >= meta["threshold"]),
+                      "log_loss": log_loss(y, q), "ece": ece(y, q), "ece_floor": ece_floor(q)[0]}
+               for name, q in (("calibrated", p), ("raw", sigmoid(z)))}
+    print("\nvalidation rows (calibration and threshold were fitted on them: flattering)\n")
+    print(table(columns, list(columns["raw"])))
+    for record in run.predict([rows[i] for i in (0, len(rows) // 2, len(rows) - 1)]):
+        print(f"\nrow {record['id']}: p {record['probability']:.3f}, label {record['true_label']}\n"
+              f"  {printable(record['explanation'])}")
+    print(f"\nrun folder: {args.out}")
+
+
+if __name__ == "__main__":
+    run_main(main)
