@@ -37,7 +37,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import Prompts, collate, encode_rows, printable, read_rows
-from model import KVCache, checkpoint_files, compare_tensors, disk_name, load_llama, read_json
+from model import checkpoint_files, compare_tensors, disk_name, load_llama, read_json
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 GOLDEN_TEXT = "The quick brown fox jumps over the lazy dog, 12 times out of 30."
@@ -91,12 +91,9 @@ class CLSGen(nn.Module):
 
     def __init__(self, llama):
         super().__init__()
-        norm = llama.norm.weight
-        self.model = llama
+        self.model, norm = llama, llama.norm.weight
         self.score = nn.Linear(len(norm), 1, bias=False, device=norm.device)
-        # Not zero: a zero head passes no gradient down to LoRA in step one. Small: the final norm
-        # makes hidden states about as long as its weight, so z starts within about +-.1.
-        nn.init.normal_(self.score.weight, std=0.1 / norm.float().norm().item())
+        nn.init.normal_(self.score.weight, std=0.02)
 
     def parameter_groups(self):
         """Every parameter once: {"lora": ..., "head": ..., "frozen": ...}, name to parameter.
@@ -276,9 +273,9 @@ class Run:
     def _prefill(self, examples, room):
         """Runs the prompts once: (cache with `room` more tokens, h_P (B, D), prompt_end (B,))."""
         batch = collate(examples, self.device)
-        llama, (rows, width) = self.model.model, batch.input_ids.shape
-        cache = KVCache(llama.config, rows, width + room, llama.norm.weight.dtype, self.device)
-        hidden = llama(batch.input_ids, cache)
+        rows, width = batch.input_ids.shape
+        cache = self.model.model.new_cache(rows, width + room)
+        hidden = self.model.model(batch.input_ids, cache)
         return cache, hidden[torch.arange(rows), batch.prompt_end], batch.prompt_end
 
     def _label_token(self, cache, last, prompt_end):

@@ -319,9 +319,10 @@ def evaluate(rows, predictions, draws=1000, seed=0, file_rows=None):
     result |= score_metrics(y, p, [one["label"] for one in predictions], groups, draws, seed)
     result |= {"n_true_p": len(true_p), "true_p_error": _mean(abs(p[simulated] - true_p)),
                "bayes_auroc": _or_none(auroc, y[simulated], true_p)}
-    result |= text_metrics(rows, predictions, rows if file_rows is None else file_rows)
+    result |= text_metrics(rows, predictions, file_rows or rows)
     few = [f"only {n_groups} groups, under 20: the intervals are too narrow"] * (n_groups < 20)
-    return result | {"prompts_cut": sum(one["tokens_cut"] > 0 for one in predictions), "warnings": few}
+    cut = sum(one["tokens_cut"] > 0 for one in predictions)
+    return result | {"prompts_cut": cut, "warnings": few}
 
 
 TABLE = {  # the rows of the table under their names in eval.json, and what helps to read them
@@ -408,11 +409,10 @@ def main(argv=None):
     print(table(columns), *(f"warning: {note}" for note in head["warnings"]), sep="\n")
     report = {"metrics": columns, "n": len(rows), "run": predictions[0]["run"], "seconds": seconds,
               "arguments": vars(args), "versions": versions()}
-    report = json.dumps(report, indent=1, default=str, allow_nan=False) + "\n"
     lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions]
     args.out.mkdir(parents=True, exist_ok=True)
     write_atomically(args.out / "predictions.jsonl", "".join(lines))
-    write_atomically(args.out / "eval.json", report)
+    write_atomically(args.out / "eval.json", json.dumps(report, indent=1, default=str) + "\n")
     print(f"wrote {args.out}/eval.json and predictions.jsonl")
 
 

@@ -1,16 +1,15 @@
 """A Llama-style transformer in plain PyTorch, loaded from a Hugging Face folder.
 
     llama = load_llama("models/smollm2-135m")     # config.json, *.safetensors
-    hidden = llama(input_ids)                      # (B, T) -> (B, T, D), after the final norm
-    logits = llama.logits(hidden)                  # (..., D) -> (..., V)
+    logits = llama.logits(llama(input_ids))        # (B, T) -> (B, T, D) -> (B, T, V)
 
 Llama (arXiv 2302.13971, 2407.21783): RMSNorm before each block, rotary positions, grouped-query
 attention, SwiGLU. Mistral (2310.06825) adds a sliding window, Qwen2 biases on q, k and v, Qwen3 a
-norm on each q and k head: fields of one config, not subclasses. Module names are the checkpoint's
-parameter names. Reference: github.com/huggingface/transformers, models/llama/modeling_llama.py.
+norm on each head's q and k: fields of one config. Module names are the checkpoint's names.
+Reference: github.com/huggingface/transformers, src/transformers/models/llama/modeling_llama.py
 
-Notation: B rows, T tokens of this call, S cached positions, D hidden size, H heads, K key/value
-heads, E size of one head, V vocabulary.
+Notation: B rows, T tokens of this call, S cached tokens, D hidden size, V vocabulary; H heads and
+K key/value heads, each of size E.
 """
 
 import json
@@ -28,22 +27,18 @@ from torch.utils.checkpoint import checkpoint
 # --- configuration --------------------------------------------------------------------------------
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
-         "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
 # Keys that would change the computation, with the one value of each that we compute
-FIXED = {"hidden_act": "silu", "mlp_bias": False, "attention_dropout": 0.0, "rope_interleaved": False,
-         "partial_rotary_factor": 1.0, "quantization_config": None}
-USED = {"model_type", "rms_norm_eps", "tie_word_embeddings", "attention_bias", "sliding_window",
-        "use_sliding_window", "layer_types", "rope_theta", "rope_scaling", "rope_parameters"}
-HARMLESS = set(
-    "architectures _name_or_path transformers_version torch_dtype dtype use_cache bos_token_id"
-    " eos_token_id pad_token_id initializer_range max_window_layers pretraining_tp is_llama_config"
+FIXED = {"hidden_act": "silu", "mlp_bias": False, "attention_dropout": 0.0,
+         "rope_interleaved": False, "partial_rotary_factor": 1.0, "quantization_config": None}
+KNOWN = set(  # used below, or of no effect here
+    "model_type tie_word_embeddings attention_bias sliding_window use_sliding_window layer_types"
+    " rms_norm_eps rope_theta rope_scaling rope_parameters architectures _name_or_path dtype"
+    " torch_dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id"
+    " initializer_range pretraining_tp max_window_layers is_llama_config transformers.js_config"
     " output_attentions output_hidden_states return_dict id2label label2id problem_type"
-    " chunk_size_feed_forward is_encoder_decoder transformers.js_config".split()
+    " chunk_size_feed_forward is_encoder_decoder".split()
 )
-# The numbers that each kind of rope scaling needs
-ROPE_TYPES = {"default": (), "linear": ("factor",), "llama3": (
-    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 @dataclass
@@ -54,12 +49,12 @@ class LlamaConfig:
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
-    head_dim: int
     num_attention_heads: int
     num_key_value_heads: int
+    head_dim: int
     max_position_embeddings: int
     rms_norm_eps: float
-    rope_theta: float
+    rope_theta: float = 10000.0
     rope_scaling: dict | None = None
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
@@ -69,16 +64,16 @@ class LlamaConfig:
 
     @classmethod
     def from_dict(cls, raw, name="config.json"):
-        """config.json's content -> LlamaConfig. Every key is used, known to be harmless, or refused
-        by name (ValueError); any other gives one warning line."""
+        """A config.json's content -> LlamaConfig. Every key is used, known to change nothing, or
+        refused by name (ValueError); an unknown one gives a warning line."""
 
         def refuse(key, value, due):
             raise ValueError(f"{name}: {key} is {value!r}; supported is {due}")
 
-        def number(key, where):
-            if type(where.get(key)) not in (int, float) or not 0 < where[key] < math.inf:
-                refuse(key, where.get(key), "a number above 0")
-            return float(where[key])
+        def number(key, where=raw, kind=(int, float)):
+            if type(where.get(key)) not in kind or not 0 < where[key] < math.inf:
+                refuse(key, where.get(key), f"a number above 0 ({kind[0].__name__})")
+            return where[key]
 
         family, heads = raw.get("model_type"), raw.get("num_attention_heads")
         if family not in FAMILIES:
@@ -86,44 +81,39 @@ class LlamaConfig:
         for key, value in FIXED.items():
             if raw.get(key, value) != value:
                 refuse(key, raw[key], repr(value))
-        # What transformers, too, takes for an absent key; Qwen3's head_dim is no such ratio
-        sizes = {"num_key_value_heads": heads, **{key: raw[key] for key in SIZES if key in raw}}
-        if sizes.get("head_dim") is None and family != "qwen3" and heads:
-            sizes["head_dim"] = raw.get("hidden_size", 0) // heads
-        for key in SIZES:
-            if type(sizes.get(key)) is not int or sizes[key] < 1:
-                refuse(key, sizes.get(key), "a whole number above 0")
-        if heads % sizes["num_key_value_heads"]:
-            refuse("num_key_value_heads", sizes["num_key_value_heads"], f"a divisor of {heads} heads")
-        if sizes["head_dim"] % 2:
-            refuse("head_dim", sizes["head_dim"], "an even number")
+        # transformers, too, takes these for an absent key; Qwen3's head_dim is no such ratio
+        sizes = {"num_key_value_heads": heads, **raw}
+        if raw.get("head_dim") is None and family != "qwen3":
+            sizes["head_dim"] = number("hidden_size") // number("num_attention_heads")
+        names = [key for key, kind in cls.__annotations__.items() if kind is int]
+        sizes = {key: number(key, sizes, (int,)) for key in names}
+        if heads % sizes["num_key_value_heads"] or sizes["head_dim"] % 2:
+            refuse("num_key_value_heads, head_dim", (sizes["num_key_value_heads"], sizes["head_dim"]),
+                   f"a divisor of {heads} heads, an even size")
 
-        # Rotary positions: `rope_theta` and `rope_scaling`, or `rope_parameters` of transformers 5
+        # Rotary positions: `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters`
         scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind not in ROPE_TYPES:
-            refuse("rope_type", kind, ", ".join(ROPE_TYPES))
-        numbers = {key: number(key, scaling) for key in ROPE_TYPES[kind]}
+        if kind not in ("default", "llama3"):
+            refuse("rope_type", kind, "default, llama3")
+        llama3 = {key: number(key, scaling) for key in LLAMA3_ROPE} if kind == "llama3" else None
 
-        # A window on all layers is Mistral's; Qwen2 stores one that it does not use
-        windowed = family == "mistral" or bool(raw.get("use_sliding_window"))
-        layers = set(raw.get("layer_types") or ())
-        if windowed and (family != "mistral" or "sliding_window" not in raw):
-            refuse("sliding_window", raw.get("sliding_window"), "mistral's, a number or null")
-        if layers - {"sliding_attention" if windowed else "full_attention"}:
-            refuse("layer_types", sorted(layers), "one kind of attention for all layers")
-        if unknown := sorted(raw.keys() - USED - FIXED.keys() - HARMLESS - set(SIZES)):
+        # Mistral's window is on all layers; Qwen2 stores one that it does not use
+        mistral, layers = family == "mistral", set(raw.get("layer_types") or ())
+        if raw.get("use_sliding_window") or layers - {("full", "sliding")[mistral] + "_attention"}:
+            refuse("layer_types", sorted(layers), "full attention, or mistral's sliding_window")
+        if mistral and "sliding_window" not in raw:  # transformers would take 4096: too much to guess
+            refuse("sliding_window", None, "a number or null, not its absence")
+        if unknown := sorted(raw.keys() - KNOWN - FIXED.keys() - set(names)):
             print(f"warning: {name}: unknown keys: {', '.join(unknown)}", file=sys.stderr)
+        bias = bool(raw.get("attention_bias"))
         return cls(
-            **sizes,
-            rms_norm_eps=number("rms_norm_eps", raw),
+            **sizes, rms_norm_eps=number("rms_norm_eps"),
             rope_theta=number("rope_theta", {"rope_theta": 10000.0, **raw, **scaling}),
-            rope_scaling={"rope_type": kind, **numbers} if numbers else None,
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            qkv_bias=family == "qwen2" or bool(raw.get("attention_bias")),
-            o_bias=family != "qwen2" and bool(raw.get("attention_bias")),
-            qk_norm=family == "qwen3",
-            sliding_window=raw["sliding_window"] if windowed else None,
+            rope_scaling=llama3,
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
+            qkv_bias=bias or family == "qwen2", o_bias=bias and family != "qwen2",
+            qk_norm=family == "qwen3", sliding_window=raw["sliding_window"] if mistral else None,
         )
 
 
@@ -151,8 +141,6 @@ def rope_frequencies(config, device=None):
     scaling = config.rope_scaling
     if scaling is None:
         return freq
-    if scaling["rope_type"] == "linear":
-        return freq / scaling["factor"]
     # Llama 3.1: long waves are slowed down by `factor`, short ones kept, those between blended
     # (transformers, modeling_rope_utils.py, _compute_llama3_parameters).
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -173,30 +161,23 @@ def rotate(x, cos, sin):
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
-class KVCache:
-    """Keys and values of all layers, written in place; row b's next token goes to its own position.
-
-    Rows are padded on the right, so a short row's first answer token overwrites its first pad, and
-    nothing ever attends to a position beyond the row's own.
-    """
-
-    def __init__(self, config, batch, size, dtype, device):
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, size, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
-
-    def write(self, layer, k, v, positions):
-        """k, v (B, K, T, E) at positions (B, T) -> everything up to the last position, (B, K, S, E)."""
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]
-        self.k[layer, rows, :, positions] = k.transpose(1, 2)
-        self.v[layer, rows, :, positions] = v.transpose(1, 2)
-        return self.k[layer], self.v[layer]
+def attend(q, k, v, mask):
+    """softmax(q k^T / sqrt(E)) v: q (B, H, T, E); k, v (B, K, S, E); mask None: causal, T = S."""
+    if mask is None or q.device.type != "cpu":
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1])
+    # On a CPU, the heads of a group as rows of one product are 1.3 (T = 512) to 3.6 times (T = 120)
+    # as fast as the call above, forward and backward in bfloat16
+    shape = (len(q), k.shape[1], -1, *mask.shape[-2:])  # (B, K, H / K, T, S)
+    scores = q.reshape(*shape[:2], -1, q.shape[-1]) @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    scores = scores.view(shape).masked_fill(~mask[:, None], -math.inf).softmax(-1)
+    return (scores.flatten(2, 3) @ v).view(q.shape)
 
 
 class Attention(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.head_dim = config.head_dim
         size, q_size = config.hidden_size, config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(size, q_size, bias=config.qkv_bias)
@@ -214,14 +195,13 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, E)
         q, k = rotate(q, *rope), rotate(k, *rope)
-        if cache is not None:
-            k_all, v_all = cache.write(self.layer, k, v, positions)
-            if mask is not None:  # beyond the prompt: attend to the cache as well
-                k, v = k_all[:, :, : mask.shape[-1]], v_all[:, :, : mask.shape[-1]]
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, T, D)
+        if cache is not None:  # (2, B, K, S, E), written in place, each row at its own positions
+            rows = torch.arange(len(x), device=x.device)[:, None]
+            cache[0][rows, :, positions] = k.transpose(1, 2)
+            cache[1][rows, :, positions] = v.transpose(1, 2)
+            if mask is not None:  # beyond the prompt: attend to what is cached
+                k, v = cache[:, :, :, : mask.shape[-1]]
+        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))  # (B, T, D)
 
 
 class MLP(nn.Module):
@@ -236,10 +216,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -249,23 +229,28 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """The decoder. `checkpointing = True` recomputes each block in the backward pass (less memory)."""
+    """The decoder. checkpointing = True recomputes each block in the backward pass: less memory."""
 
     def __init__(self, config):
         super().__init__()
         self.config, self.checkpointing = config, False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, input_ids, cache=None, positions=None):
-        """input_ids (B, T) -> hidden states after the final norm (B, T, D).
+    def new_cache(self, rows, size):
+        """Room for the keys and values of `size` tokens a row, (layers, 2, B, K, S, E). Prompts are
+        padded on the right: a short row's first new token overwrites its first pad."""
+        c, weight = self.config, self.norm.weight
+        shape = (c.num_hidden_layers, 2, rows, c.num_key_value_heads, size, c.head_dim)
+        return torch.zeros(shape, dtype=weight.dtype, device=weight.device)
 
-        Rows are padded on the right, so causal attention alone keeps pads out of every real token.
-        With a cache: first the prompts (positions None), then tokens at their `positions` (B, T).
-        """
+    def forward(self, input_ids, cache=None, positions=None):
+        """input_ids (B, T) -> hidden states after the final norm (B, T, D). Rows are padded on the
+        right, so that causal attention alone keeps pads out of every token. With a cache: first
+        the prompts (positions None), then more tokens at their `positions` (B, T)."""
         x = self.embed_tokens(input_ids)  # (B, T, D)
         start = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
         mask = self._mask(start if positions is None else positions, positions is not None)
@@ -274,17 +259,18 @@ class Llama(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)[:, None]
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         positions = positions.expand(x.shape[0], -1)
-        for block in self.layers:
+        for i, block in enumerate(self.layers):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, mask, use_reentrant=False)
             else:
-                x = block(x, rope, mask, cache, positions)
+                x = block(x, rope, mask, None if cache is None else cache[i], positions)
         return self.norm(x)
 
     def _mask(self, positions, cached):
         """None where plain causal attention does; else who may look where, (B or 1, 1, T, S)."""
         window, size = self.config.sliding_window, positions.shape[1]
-        if not cached and (window is None or size <= window):
+        by_hand = positions.device.type == "cpu" and size <= 1024  # see `attend`
+        if not (cached or by_hand) and (window is None or size <= window):
             return None
         keys = torch.arange(int(positions.max()) + 1, device=positions.device)
         queries = positions[:, None, :, None]
@@ -313,29 +299,24 @@ def read_json(path):
 
 def checkpoint_files(folder):
     """The safetensors files of a folder: those of its index if it has one, else the single file."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
+    index, names = Path(folder) / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index}: has no weight_map")
-        names = {str(name) for name in weight_map.values()}
-        if strange := [name for name in sorted(names) if Path(name).name != name]:
-            raise ValueError(f"{index}: {strange[0]!r} is not a file name")
-    if missing := [name for name in sorted(names) if not (folder / name).is_file()]:
-        raise ValueError(f"{folder}: {missing[0]} is missing")
-    return [folder / name for name in sorted(names)]
+        names = sorted(map(str, set(weight_map.values()))) if isinstance(weight_map, dict) else []
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError(f"{index}: weight_map must give names of files in this folder")
+    for name in names:
+        if not (Path(folder) / name).is_file():
+            raise ValueError(f"{folder}: {name} is missing")
+    return [Path(folder) / name for name in names]
 
 
 def compare_tensors(due, found, where):
-    """ValueError that names every missing, surplus and mis-shaped tensor; both are {name: shape}."""
+    """ValueError that names missing, surplus and mis-shaped tensors; both are {name: shape}."""
     wrong = [f"missing {name}" for name in sorted(due.keys() - found.keys())]
     wrong += [f"surplus {name}" for name in sorted(found.keys() - due.keys())]
-    wrong += [f"{name} is {tuple(found[name])}, due is {tuple(shape)}"
-              for name, shape in due.items() if name in found and tuple(found[name]) != tuple(shape)]
+    wrong += [f"{name} is {list(found[name])}, due is {list(shape)}" for name, shape in due.items()
+              if name in found and list(found[name]) != list(shape)]
     if wrong:
         more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(f"{where}: the tensors do not fit: {'; '.join(wrong[:5])}{more}")

@@ -38,14 +38,14 @@ WEIGHTS = {
     "healthy appetite": -2.4,
 }
 NEGATED = [
-    "no evidence of {} today",
-    "{} was absent",
-    "report of {} has proved wrong",
+    "The patient has no {}.",
+    "no history of {}",
+    "no signs of {}",
+    "{} was ruled out",
     "Asked about {}, the patient denies it",
-    "{} was considered, then ruled out",
-    "The entry of {} is no longer valid",
-    "{} for the brother, not for the patient",
-    "no signs of {}, but a skin rash",
+    "{} as absent",
+    "Family history of {}, none in the patient",
+    "The patient never had {}",
 ]
 
 

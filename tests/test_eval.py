@@ -46,10 +46,10 @@ def test_equal_to_scikit_learn():
 
 
 def test_kappa_of_three_answers():
-    """Fails if only the labels of the first list enter the chance term, or only 0 and 1 count."""
+    """Fails if only 0 and 1 enter the chance term, or if an unshared label counts as agreement."""
     rng = np.random.default_rng(0)
     for _ in range(300):
-        a, b = rng.integers(0, 2, 40), rng.integers(0, 3, 40)
+        a, b = rng.integers(0, 3, 40), rng.integers(0, 3, 40)
         np.testing.assert_allclose(ev.cohen_kappa(a, b), sk.cohen_kappa_score(a, b), atol=1e-12)
     assert ev.cohen_kappa([0, 1, 0, 1], [2, 2, 2, 2]) == 0
 
@@ -64,19 +64,23 @@ def test_best_f1_threshold_beats_every_cut():
 
 
 def test_ece_by_hand():
-    """Fails if bins are of equal width, if tied rows are parted, or if bins weigh the same."""
+    """Fails if bins are of equal width, if tied rows are parted or go where the
+    first of them would, or if bins weigh the same."""
     # equal mass parts (.1, .2) from (.3, .9): |.15 - 0| / 2 + |.6 - 1| / 2
     assert ev.ece([0, 0, 1, 1], [0.1, 0.2, 0.3, 0.9], bins=2) == pytest.approx(0.275)
     # three of four rows tie: they are one bin, |.25 - 1/3| * 3/4 + |.9 - 1| / 4
     p = [0.25, 0.25, 0.25, 0.9]
     assert ev.ece([0, 0, 1, 1], p, bins=4) == pytest.approx((1 / 4 + 0.1) / 4)
+    # the tie belongs where its middle is: (1 + 3 / 2) of 4 rows, the second bin of two
+    tied = ev.ece([1, 0, 0, 0], [0.1, 0.2, 0.2, 0.2], bins=2)
+    assert tied == pytest.approx((0.9 + 3 * 0.2) / 4)
     order = [2, 3, 0, 1]  # the rows' order must not matter either
     again = ev.ece(np.array([0, 0, 1, 1])[order], np.array(p)[order], bins=4)
     assert again == pytest.approx((1 / 4 + 0.1) / 4)
 
 
 def test_ece_bins_hold_equal_shares():
-    """Fails if the rank is taken at a row's end, or if the last bin takes the remainder."""
+    """Fails if the rank is taken at a tie's end (a 16th bin), or if bins differ by over a row."""
     p = np.random.default_rng(0).random(1000)
     counts = np.bincount(ev._equal_mass_bins(p, 15))
     assert len(counts) == 15 and set(counts) <= {66, 67}
@@ -97,8 +101,8 @@ def test_ece_floor():
 
 
 def test_corp_against_isotonic_regression():
-    """Fails if ties in p are not pooled first, if equal or falling means are kept apart, or if a
-    part's sign is turned."""
+    """Fails if ties in p are not pooled first, if falling means are kept apart, or if a part's
+    sign is turned."""
     for y, p in random_cases(600, seed=2):
         miscalibration, discrimination, uncertainty = ev.corp(y, p)
         # scikit-learn merges p that are nearly equal: give it ranks instead
@@ -120,8 +124,8 @@ def test_corp_by_hand():
 
 
 def test_calibration_slope():
-    """Fails if slope and intercept are swapped, if p enters instead of its logit, or if the step is
-    not damped near separation (scikit-learn without penalty is the reference)."""
+    """Fails if slope and intercept are swapped, or if p enters instead of its logit.
+    scikit-learn without penalty is the reference."""
     rng, compared = np.random.default_rng(4), 0
     for case in range(150):
         x = rng.normal(0, (0.3, 1, 6)[case % 3], 80)
@@ -141,6 +145,15 @@ def test_calibration_slope():
             assert (slope, intercept) == pytest.approx(found, rel=1e-3, abs=1e-3)
             compared += 1
     assert compared > 100
+
+
+def test_calibration_slope_where_newton_overshoots():
+    """Fails if the step is not damped: full steps run off to a singular matrix on these rows."""
+    x = np.repeat([-0.1, 0.01, 0.1, 10.0], [2, 1, 50, 1])
+    y = np.array([1, 1, 0, 1] + [0] * 50)
+    slope, intercept = ev.calibration_slope(y, 1 / (1 + np.exp(-x)))
+    error = 1 / (1 + np.exp(-(slope * x + intercept))) - y
+    assert abs(error.sum()) < 1e-6 and abs(error @ x) < 1e-6
 
 
 @pytest.mark.parametrize("y, p", [
@@ -376,8 +389,8 @@ def command(tmp_path, monkeypatch):
 
 
 def test_command_writes_what_it_prints(command, capsys):
-    """Fails if a column or a file is missing, if the JSON is not the table, or if results are
-    replaced without --overwrite."""
+    """Fails if a column or a file is missing, if the JSON is not the table, if only the head's
+    interval is clustered, or if results are replaced without --overwrite."""
     call, run, out = command
     call("--batch", "5")
     assert run.calls == [(60, True, 5), (0, False, 5)]
@@ -385,6 +398,8 @@ def test_command_writes_what_it_prints(command, capsys):
     assert list(report["metrics"]) == ["head", "raw", "label token", "majority"]
     assert (report["run"], report["n"], report["arguments"]["batch"]) == ("abc", 60, 5)
     assert report["metrics"]["majority"]["auroc"] == 0.5
+    raw, head = report["metrics"]["raw"], report["metrics"]["head"]  # raw ranks as the head does
+    assert raw["intervals"]["auroc"] == head["intervals"]["auroc"] and raw["brier"] != head["brier"]
     assert {"python", "torch", "numpy"} <= set(report["versions"]) and report["seconds"] > 0
     assert f"{report['metrics']['head']['auroc']:.3f} [" in capsys.readouterr().out
     lines = (out / "predictions.jsonl").read_text().splitlines()

@@ -2,13 +2,13 @@
 
 The question that goes with the rows: "Will the patient die within 30 days?"
 
-A note mentions four weighted factors, one distractor, and nothing else. How `probability` arises:
+A note mentions four weighted factors, two distractors, and nothing else. How `probability` arises:
 
     probability = sigmoid(INTERCEPT + sum of the weights of the factors that the note ASSERTS)
     label       ~ Bernoulli(probability)
 
 A factor is asserted or negated by a fair coin, in a frame of words that has a twin for the other
-case ("clear evidence of X" | "no evidence of X"). Factors come in pairs, one that raises the risk
+case ("found signs of X" | "found no signs of X"). Factors come in pairs, one that raises the risk
 and one that lowers it by the same weight, and a note mentions two whole pairs. So neither the
 phrase of a factor nor the words of a frame say anything about the label on their own: the reader
 has to see which phrase a negation belongs to. `evidence` lists the asserted phrases, verbatim from
@@ -39,35 +39,26 @@ PAIRS = [
     (2.4, ["low oxygen levels", "laboured breathing"], ["good appetite", "healthy appetite"]),
 ]
 
-# (asserted, negated). The words next to {} are the same in both, or bigrams would give it away. {}
-# never opens a sentence: the phrase is lower case wherever it stands.
+# (asserted, negated). {} never opens a sentence: the phrase is lower case wherever it stands, and the
+# word before it is mostly the same in both, or word pairs would give the answer away.
 FRAMES = [
-    ("There is clear evidence of {} today.", "There is no evidence of {} today."),
-    ("On review by the team, {} was present.", "On review by the team, {} was absent."),
-    ("The earlier report of {} has proved correct.", "The earlier report of {} has proved wrong."),
-    ("Asked about {}, the patient confirms it.", "Asked about {}, the patient denies it."),
-    ("First, {} was considered, then confirmed.", "First, {} was considered, then ruled out."),
-    ("The entry of {} is no longer in doubt.", "The entry of {} is no longer valid."),
-    # Same words in another order: the negation belongs to the other item.
-    (
-        "The chart lists {} for the patient, not for the brother.",
-        "The chart lists {} for the brother, not for the patient.",
-    ),
-    ("Staff saw signs of {}, but no skin rash.", "Staff saw no signs of {}, but a skin rash."),
+    ("The patient has {}.", "The patient has no {}."),
+    ("There is a history of {}.", "There is no history of {}."),
+    ("The ward team found signs of {}.", "The ward team found no signs of {}."),
+    ("On this stay {} was confirmed.", "On this stay {} was ruled out."),
+    ("Asked about {}, the patient reports it.", "Asked about {}, the patient denies it."),
+    ("The chart lists {} as present.", "The chart lists {} as absent."),
+    ("Personal history of {}.", "Family history of {}, none in the patient."),
+    ("The patient still has {}.", "The patient never had {}."),
 ]
 
-# No weight. Some carry negation words of their own.
+# No weight. Some carry negation words of their own; of each line, a note has one at most.
 DISTRACTORS = [
-    "A penicillin allergy is known since childhood.",
-    "There is no known allergy to penicillin.",
-    "Cataract surgery was done many years ago.",
-    "The patient never had any cataract surgery.",
-    "The diet on the ward was low in salt.",
-    "There was no special diet on the ward.",
-    "The patient wears glasses for reading only.",
-    "The patient does not wear glasses for reading.",
-    "The tetanus vaccine was given last spring.",
-    "The patient does not take any vitamins.",
+    ("A penicillin allergy is known since childhood.", "There is no known allergy to penicillin."),
+    ("Cataract surgery was done many years ago.", "The patient never had any cataract surgery."),
+    ("The diet on the ward was low in salt.", "There was no special diet on the ward."),
+    ("The patient wears reading glasses only.", "The patient does not wear glasses for reading."),
+    ("The tetanus vaccine was given last spring.", "The patient does not take any vitamins."),
 ]
 
 RAISES = ["The risk is raised by {}.", "Danger comes from {}."]
@@ -113,7 +104,8 @@ def make_row(rng):
             rng.sample(FRAMES, len(mentions)), mentions, asserted, strict=True
         )
     ]
-    sentences.insert(rng.randrange(len(sentences) + 1), rng.choice(DISTRACTORS))
+    for choices in rng.sample(DISTRACTORS, 2):
+        sentences.insert(rng.randrange(len(sentences) + 1), rng.choice(choices))
 
     kept = [mention for mention, is_asserted in zip(mentions, asserted, strict=True) if is_asserted]
     logit = INTERCEPT + sum(weight for weight, _ in kept)
