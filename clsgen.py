@@ -40,6 +40,7 @@ from data import Prompts, collate, encode_rows, printable, read_rows
 from model import checkpoint_files, compare_tensors, disk_name, load_llama, read_json
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PEFT_PREFIX = "base_model.model."  # what peft puts before each name; else its names are ours
 GOLDEN_TEXT = "The quick brown fox jumps over the lazy dog, 12 times out of 30."
 
 # --- LoRA, the two heads, the joint loss ----------------------------------------------------------
@@ -96,15 +97,12 @@ class CLSGen(nn.Module):
         nn.init.normal_(self.score.weight, std=0.02)
 
     def parameter_groups(self):
-        """Every parameter once: {"lora": ..., "head": ..., "frozen": ...}, name to parameter.
-        This is the one place that decides what trains."""
+        """Every parameter once, {"lora" | "head" | "frozen": {name: parameter}}: the one place that
+        decides what trains and what is saved."""
         groups = {"lora": {}, "head": {}, "frozen": {}}
         for name, parameter in self.named_parameters():
-            kind = "head" if name.startswith("score.") else "frozen"
-            groups["lora" if ".lora_" in name else kind][name] = parameter
-        for kind, parameters in groups.items():
-            for parameter in parameters.values():
-                parameter.requires_grad_(kind != "frozen")
+            kind = "lora" if ".lora_" in name else "head" if name.startswith("score.") else "frozen"
+            groups[kind][name] = parameter.requires_grad_(kind != "frozen")
         return groups
 
     def logit(self, hidden):
@@ -154,11 +152,33 @@ def write_json(path, value):
     write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
+def write_tensors(path, tensors):
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, save(tensors, {"format": "pt"}))
+
+
+def adapter_tensors(model):
+    """LoRA and head under peft's names: opens there as SEQ_CLS, or without head as causal LM."""
+    groups = model.parameter_groups()
+    return {PEFT_PREFIX + name: p.detach() for name, p in (groups["lora"] | groups["head"]).items()}
+
+
+def load_adapter(model, path):
+    """Copies a file of `adapter_tensors` into the model; ValueError names what does not fit."""
+    try:
+        tensors, own = load_file(path), adapter_tensors(model)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
+    compare_tensors(*({name: t.shape for name, t in x.items()} for x in (own, tensors)), path)
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+
+
 def base_fingerprint(folder):
     """SHA-256 of config.json, tokenizer.json and the headers of the weight files."""
     digest = hashlib.sha256()
-    for path in (Path(folder) / "config.json", Path(folder) / "tokenizer.json"):
-        digest.update(path.read_bytes())
+    for name in ("config.json", "tokenizer.json"):
+        digest.update((Path(folder) / name).read_bytes())
     for path in checkpoint_files(folder):
         with open(path, "rb") as file:
             size = file.read(8)
@@ -171,18 +191,14 @@ def versions():
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-def pick_device(device=None):
-    """The named device, or CUDA where there is one, else the CPU."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def pick_dtype(dtype, device):
-    """"auto": bfloat16 where the processor multiplies it fast, else float32."""
-    if dtype not in (None, "auto"):
-        return dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
-    cpu = torch.cpu.get_capabilities()
-    fast = device.type != "cpu" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-    return torch.bfloat16 if fast else torch.float32
+def pick(dtype, device):
+    """(dtype, device): CUDA where there is one; "auto": bfloat16 where the processor is fast at it."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype == "auto":
+        cpu = torch.cpu.get_capabilities()
+        fast = device.type != "cpu" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        dtype = "bfloat16" if fast else "float32"
+    return getattr(torch, str(dtype).removeprefix("torch.")), device
 
 
 # --- choosing a token -----------------------------------------------------------------------------
@@ -210,93 +226,53 @@ def sampler(temperature, top_p, seed):
 # --- the run folder -------------------------------------------------------------------------------
 
 
-PEFT_PREFIX = "base_model.model."  # what PEFT puts before each name; else its names are ours
-
-
-def adapter_tensors(model):
-    """LoRA and head under PEFT's names: opens there as SEQ_CLS, and as causal LM without the head."""
-    groups = model.parameter_groups()
-    return {PEFT_PREFIX + name: p.detach() for name, p in (groups["lora"] | groups["head"]).items()}
-
-
-def load_adapter(model, path):
-    """Copies a file of `adapter_tensors` into the model; ValueError names what does not fit."""
-    try:
-        tensors, own = load_file(path), adapter_tensors(model)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
-    compare_tensors(*({name: t.shape for name, t in x.items()} for x in (own, tensors)), path)
-    for name, tensor in tensors.items():
-        own[name].copy_(tensor)
-
-
-def save_tensors(path, tensors):
-    """{name: tensor} -> a safetensors file, written atomically."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, save(tensors, {"format": "pt"}))
-
-
 class Run:
     """A trained model and all that a prediction needs: prompts, calibration, threshold."""
 
     def __init__(self, model, prompts, meta, name="unsaved"):
         self.model, self.prompts, self.meta, self.name = model, prompts, meta, name
+        self.llama, self.device = model.model, model.score.weight.device
 
-    @property
-    def device(self):
-        return self.model.score.weight.device
-
+    @torch.inference_mode()
     def golden(self):
-        """Token ids and raw logit of a fixed sentence: tells a wrong base or head apart."""
+        """Token ids and raw logit of a fixed sentence: tells another base or head apart."""
         ids, _ = self.prompts.prompt(GOLDEN_TEXT)
-        with torch.inference_mode():
-            hidden = self.model.model(torch.tensor([ids], device=self.device))
-            z = self.model.logit(hidden[:, -1]).item()
-        dtype = str(self.model.model.norm.weight.dtype).removeprefix("torch.")
+        z = self.model.logit(self.llama(torch.tensor([ids], device=self.device))[:, -1]).item()
+        dtype = str(self.llama.norm.weight.dtype).removeprefix("torch.")
         return {"text": GOLDEN_TEXT, "ids": ids, "logit": z, "dtype": dtype}
 
     def save(self, folder):
-        """Writes adapter_model.safetensors, adapter_config.json (PEFT's layout) and clsgen.json."""
-        folder = Path(folder)
+        """Writes adapter_model.safetensors, adapter_config.json (peft's layout) and clsgen.json."""
         lora = self.meta["lora"]
-        config = {
-            "peft_type": "LORA", "task_type": "SEQ_CLS", "r": lora["rank"], "lora_alpha": lora["alpha"],
-            "lora_dropout": 0.0, "bias": "none", "target_modules": lora["targets"],
-            "modules_to_save": ["classifier", "score"], "fan_in_fan_out": False,
+        write_tensors(folder / "adapter_model.safetensors", adapter_tensors(self.model))
+        write_json(folder / "adapter_config.json", {
+            "peft_type": "LORA", "task_type": "SEQ_CLS", "r": lora["rank"],
+            "lora_alpha": lora["alpha"], "lora_dropout": 0.0, "bias": "none",
+            "target_modules": lora["targets"], "modules_to_save": ["classifier", "score"],
             "base_model_name_or_path": self.meta["base"], "inference_mode": True,
-        }
-        save_tensors(folder / "adapter_model.safetensors", adapter_tensors(self.model))
-        write_json(folder / "adapter_config.json", config)
+        })
         self.meta |= {"golden": self.golden(), "versions": versions()}
         write_json(folder / "clsgen.json", self.meta)
 
-    def _prefill(self, examples, room):
-        """Runs the prompts once: (cache with `room` more tokens, h_P (B, D), prompt_end (B,))."""
-        batch = collate(examples, self.device)
-        rows, width = batch.input_ids.shape
-        cache = self.model.model.new_cache(rows, width + room)
-        hidden = self.model.model(batch.input_ids, cache)
-        return cache, hidden[torch.arange(rows), batch.prompt_end], batch.prompt_end
-
     def _label_token(self, cache, last, prompt_end):
-        """log p("Yes.") - log p("No."): the logit of the softmax over the two, from the cache (B,)."""
-        llama, scores = self.model.model, []
+        """log p("Yes.") - log p("No.") after the prompt, from its cache: (B,)."""
+        scores = []
         for ids in self.prompts.label_ids:
             tokens = torch.tensor(ids, device=self.device).expand(len(last), -1)
             hidden = last[:, None]
             if len(ids) > 1:
                 positions = prompt_end[:, None] + torch.arange(1, len(ids), device=self.device)
-                hidden = torch.cat((hidden, llama(tokens[:, :-1], cache, positions)), dim=1)
-            logp = llama.logits(hidden).float().log_softmax(-1)
+                hidden = torch.cat((hidden, self.llama(tokens[:, :-1], cache, positions)), dim=1)
+            logp = self.llama.logits(hidden).float().log_softmax(-1)
             scores.append(logp.gather(-1, tokens[..., None]).sum((1, 2)))
         return scores[1] - scores[0]
 
     def _decode(self, cache, last, prompt_end, choose, forced=()):
-        """Yields each row's next token (B,) until all have stopped; a stop id for those that have."""
-        llama, stop_ids = self.model.model, torch.tensor(self.prompts.stop_ids, device=self.device)
+        """Yields each row's next token (B,) until all have stopped; stop ids for those that have."""
+        stop_ids = torch.tensor(self.prompts.stop_ids, device=self.device)
         done = torch.zeros(len(last), dtype=torch.bool, device=self.device)
         for step in range(self.prompts.max_answer):
-            tokens = choose(llama.logits(last).float())
+            tokens = choose(self.llama.logits(last).float())
             for row, ids in enumerate(forced):
                 if step < len(ids):
                     tokens[row] = ids[step]
@@ -305,7 +281,7 @@ class Run:
             done |= torch.isin(tokens, stop_ids)
             if done.all():
                 return
-            last = llama(tokens[:, None], cache, prompt_end[:, None] + 1 + step)[:, 0]
+            last = self.llama(tokens[:, None], cache, prompt_end[:, None] + 1 + step)[:, 0]
 
     @torch.inference_mode()
     def run_batch(self, examples, explain=True, decide="text", choose=greedy):
@@ -314,27 +290,32 @@ class Run:
         One prefill gives p, and its cache goes on to the label words and the explanation. An
         LM-only run has no trained head: its label-token score takes the head's place.
         """
-        room = self.prompts.max_answer if explain else max(map(len, self.prompts.label_ids))
-        cache, last, prompt_end = self._prefill(examples, room)
+        batch, prompts = collate(examples, self.device), self.prompts
+        room = max(explain * prompts.max_answer, *map(len, prompts.label_ids))
+        cache = self.llama.new_cache(len(examples), batch.input_ids.shape[1] + room)
+        hidden, prompt_end = self.llama(batch.input_ids, cache), batch.prompt_end
+        last = hidden[torch.arange(len(examples)), prompt_end]  # (B, D)
         token = self._label_token(cache, last, prompt_end)
         z = token if self.meta["scorer"] == "label_token" else self.model.logit(last)
         calibration, threshold = self.meta["calibration"], self.meta["threshold"]
         p = torch.sigmoid(z / calibration["temperature"] + calibration["bias"])
-        scores = zip(examples, *(x.tolist() for x in (p, z.sigmoid(), token.sigmoid())), strict=True)
-        records = [{
-            "id": example.id, "probability": p, "raw_probability": raw,
-            "label_token_probability": token, "label": int(p >= threshold), "threshold": threshold,
-            "explanation": None, "stated_label": None, "agree": None,
-            "tokens_cut": example.tokens_cut, "run": self.name,
-            **({} if example.label is None else {"true_label": example.label}),
-        } for example, p, raw, token in scores]
+        records, columns = [], torch.stack((p, z.sigmoid(), token.sigmoid()), 1).tolist()
+        for example, (p, raw, token) in zip(examples, columns, strict=True):
+            records.append({
+                "id": example.id, "probability": p, "raw_probability": raw,
+                "label_token_probability": token, "label": int(p >= threshold),
+                "threshold": threshold, "explanation": None, "stated_label": None, "agree": None,
+                "tokens_cut": example.tokens_cut, "run": self.name})
+            if example.label is not None:
+                records[-1]["true_label"] = example.label
         yield records
         if explain:
-            decided = [self.prompts.label_ids[record["label"]] for record in records]
+            decided = [prompts.label_ids[record["label"]] for record in records]
             forced = decided if decide == "head" else ()
             yield from self._decode(cache, last, prompt_end, choose, forced)
 
-    def predict(self, rows, explain=True, batch_size=16, decide="text", choose=greedy, progress=False):
+    def predict(self, rows, explain=True, batch_size=16, decide="text", choose=greedy,
+                progress=False):
         """Texts or row dicts -> a list of records in their order (fields: see run_batch).
 
         decide="head" starts each answer with the head's decision, so that the text argues for it;
@@ -350,10 +331,9 @@ class Run:
             steps = self.run_batch([examples[i] for i in indices], explain, decide, choose)
             records, *tokens = steps
             for record, ids in zip(records, torch.stack(tokens, 1).tolist() if tokens else ()):
-                answer = self.prompts.decode(ids)
-                stated = self.prompts.stated_label(answer)
-                record |= {"explanation": self.prompts.explanation_of(answer), "stated_label": stated,
-                           "agree": stated == record["label"]}
+                stated, text = self.prompts.parse(self.prompts.decode(ids))
+                record |= {"explanation": text, "stated_label": stated}
+                record["agree"] = stated == record["label"]
             for i, record in zip(indices, records, strict=True):
                 results[i] = record
             bar.update(len(indices))
@@ -366,14 +346,15 @@ def load_run(folder, model=None, dtype=None, device=None):
 
     ValueError when the base's fingerprint or the golden row says that this is another model.
     """
-    folder, device = Path(folder), pick_device(device)
+    folder = Path(folder)
     meta = read_json(folder / "clsgen.json")
+    dtype, device = pick(dtype or meta["golden"]["dtype"], device)
     merged = (folder / "score.safetensors").exists()
     base = folder if merged else Path(model or meta["base"])
     if base_fingerprint(base) != meta["base_fingerprint"]:
-        raise ValueError(f"{base}: not the base model of {folder}: its config, tokenizer or tensors "
-                         "differ from those that the run was trained with")
-    llama = load_llama(base, pick_dtype(dtype or meta["golden"]["dtype"], device), device)
+        raise ValueError(f"{base}: not the base model of {folder}: its config.json, tokenizer.json "
+                         "or tensors are others")
+    llama = load_llama(base, dtype, device)
     if not merged:
         add_lora(llama, meta["lora"]["rank"], meta["lora"]["alpha"], meta["lora"]["targets"])
     clsgen = CLSGen(llama).eval()
@@ -394,8 +375,6 @@ def load_run(folder, model=None, dtype=None, device=None):
 
 # --- commands -------------------------------------------------------------------------------------
 
-BESIDE_WEIGHTS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
-                  "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
 def merge(run, base, out, shard_bytes=5 * 10**9):
@@ -404,47 +383,43 @@ def merge(run, base, out, shard_bytes=5 * 10**9):
     for module in run.model.modules():
         if isinstance(module, LoRALinear):
             module.merge_()
-    shards, size = [{}], 0
-    for name, tensor in run.model.model.named_parameters():
+    shards, size = {}, 0
+    for name, tensor in run.llama.named_parameters():
         if ".lora_" not in name:
-            if size and size + tensor.nbytes > shard_bytes:
-                shards, size = [*shards, {}], 0
-            shards[-1][disk_name(name)] = tensor
+            shards.setdefault(size // shard_bytes, {})[disk_name(name)] = tensor
             size += tensor.nbytes
-    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    names = {i: f"model-{n:05}-of-{len(shards):05}.safetensors" for n, i in enumerate(shards, 1)}
     if len(shards) == 1:
-        names = ["model.safetensors"]
+        names = {0: "model.safetensors"}
     else:
-        index = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        total = {"total_size": sum(t.nbytes for shard in shards for t in shard.values())}
-        write_json(out / "model.safetensors.index.json", {"metadata": total, "weight_map": index})
-    for name, shard in zip(names, shards, strict=True):
-        save_tensors(out / name, shard)
-    for name in BESIDE_WEIGHTS:
-        if (base / name).exists():
-            shutil.copyfile(base / name, out / name)
+        where = {key: names[i] for i, shard in shards.items() for key in shard}
+        index = {"metadata": {"total_size": size}, "weight_map": where}
+        write_json(out / "model.safetensors.index.json", index)
+    for i, shard in shards.items():
+        write_tensors(out / names[i], shard)
+    for path in base.iterdir():  # tokenizer, generation config, chat template
+        if path.suffix in (".json", ".model", ".jinja", ".txt") and "index" not in path.name:
+            shutil.copyfile(path, out / path.name)
     golden = run.golden()
-    write_json(out / "config.json", read_json(base / "config.json") | {"torch_dtype": golden["dtype"]})
-    save_tensors(out / "score.safetensors", {PEFT_PREFIX + "score.weight": run.model.score.weight})
-    run.meta |= {"base": str(out), "base_fingerprint": base_fingerprint(out), "golden": golden}
-    write_json(out / "clsgen.json", run.meta)
+    config = read_json(base / "config.json")
+    config["dtype" if "dtype" in config else "torch_dtype"] = golden["dtype"]
+    write_json(out / "config.json", config)
+    write_tensors(out / "score.safetensors", {PEFT_PREFIX + "score.weight": run.model.score.weight})
+    meta = {"base": str(out), "base_fingerprint": base_fingerprint(out), "golden": golden}
+    write_json(out / "clsgen.json", run.meta | meta)
 
 
 def predict_file(run, args, choose):
     """--data to --out, a line a row, written as it goes."""
-    rows, out = read_rows(args.data, labels=False), Path(args.out)
-    if out.exists() and not args.overwrite:
-        raise ValueError(f"{out} exists; give another --out or --overwrite")
-    with open(out, "w", encoding="utf-8") as file:
-        bar = tqdm(total=len(rows), unit="row")
+    rows = read_rows(args.data, labels=False)
+    with open(args.out, "w", encoding="utf-8") as file, tqdm(total=len(rows), unit="row") as bar:
         for start in range(0, len(rows), 8 * args.batch):  # sorted by length within eight batches
             part = rows[start : start + 8 * args.batch]
             for record in run.predict(part, not args.no_explain, args.batch, args.decide, choose):
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
             bar.update(len(part))
-        bar.close()
-    print(f"{len(rows)} predictions in {out}")
+    print(f"{len(rows)} predictions in {args.out}")
 
 
 def predict_text(run, args, choose):
@@ -477,45 +452,52 @@ def run_main(main):
         sys.exit(130)
 
 
-def main(argv=None):
+def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("command", nargs="?", choices=["predict", "merge"], default="predict")
-    parser.add_argument("--run", required=True, help="a run folder of train.py, or a merged folder")
-    parser.add_argument("--text", help="one text: print its probability and stream the explanation")
-    parser.add_argument("--data", help="a JSON Lines file of rows with `text`")
-    parser.add_argument("--out", help="predictions (JSON Lines), or the merged folder")
-    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
-    parser.add_argument("--no-explain", action="store_true", help="probabilities only")
-    parser.add_argument("--decide", choices=["text", "head"], default="text",
-                        help="who states the label in the answer: the text itself, or the head")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    parser.add_argument("--top-p", type=float, default=1.0, help="share of the mass to draw from")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    parser.add_argument("--batch", type=int, default=16, help="rows at a time")
-    parser.add_argument("--model", help="the base model's folder, if it has moved")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"])
-    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one)")
+    add = parser.add_argument
+    add("command", nargs="?", choices=["predict", "merge"], default="predict")
+    add("--run", required=True, help="a run folder of train.py, or a merged folder")
+    # what to predict
+    add("--text", help="one text: prints its probability and streams the explanation")
+    add("--data", help="JSON Lines rows with `text`")
+    add("--out", type=Path, help="predictions (JSON Lines), or the merged folder")
+    add("--overwrite", action="store_true", help="replace the predictions in --out")
+    add("--no-explain", action="store_true", help="probabilities only")
+    add("--decide", choices=["text", "head"], default="text", help="who states the answer's label")
+    # drawing tokens
+    add("--temperature", type=float, default=0.0, help="0 (default): the likeliest token")
+    add("--top-p", type=float, default=1.0, help="draw from this share of the mass")
+    add("--seed", type=int, default=0, help="of the draws")
+    # model and machine
+    add("--model", help="the base model's folder, if it has moved")
+    add("--batch", type=int, default=16, help="rows at a time")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="default: the run's")
+    add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     args = parser.parse_args(argv)
-    wrong = [text for bad, text in (
-        (args.command == "merge" and not args.out, "merge needs --out"),
-        (args.command == "predict" and (args.text is None) == (args.data is None),
-         "give either --text or --data"),
-        (args.data and not args.out, "--data needs --out"),
-        (args.temperature < 0, "--temperature is below 0"),
-        (not 0 < args.top_p <= 1, "--top-p is not in (0, 1]"),
-        (args.batch < 1, "--batch is below 1"),
-    ) if bad]
+    merging, sources = args.command == "merge", (args.text is not None) + (args.data is not None)
+    wrong = ["--out is missing"] * (args.out is None and (merging or args.data is not None))
+    wrong += ["give either --text or --data"] * (not merging and sources != 1)
+    wrong += [f"--temperature {args.temperature} is below 0"] * (not args.temperature >= 0)
+    wrong += [f"--top-p {args.top_p} is not in (0, 1]"] * (not 0 < args.top_p <= 1)
+    wrong += [f"--batch {args.batch} is below 1"] * (args.batch < 1)
+    if args.out and args.out.exists() and (merging or not args.overwrite):
+        wrong.append(f"{args.out} exists")
     if wrong:
         raise ValueError("; ".join(wrong))
+    return args
+
+
+def main(argv=None):
+    args = parse(argv)
     run = load_run(args.run, args.model, args.dtype, args.device)
-    if args.command == "merge":
-        if Path(args.out).exists():
-            raise ValueError(f"{args.out} exists; merge writes a new folder")
-        merge(run, Path(args.model or run.meta["base"]), Path(args.out))
-        print(f"merged model in {args.out}")
-        return
     choose = sampler(args.temperature, args.top_p, args.seed) if args.temperature else greedy
-    (predict_text if args.text is not None else predict_file)(run, args, choose)
+    if args.command == "merge":
+        merge(run, Path(args.model or run.meta["base"]), args.out)
+        print(f"merged model in {args.out}")
+    elif args.data:
+        predict_file(run, args, choose)
+    else:
+        predict_text(run, args, choose)
 
 
 if __name__ == "__main__":

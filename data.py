@@ -181,9 +181,8 @@ class Prompts:
         self.question, self.labels = question, tuple(word.strip() for word in labels)
         self.max_prompt, self.max_answer = max_prompt, max_answer
         has = self.tokenizer.token_to_id
-        self.format = format or next(
-            name for name, (specials, _) in FRAMES.items() if all(has(s) is not None for s in specials)
-        )
+        fits = (name for name in FRAMES if all(has(token) is not None for token in FRAMES[name][0]))
+        self.format = format or next(fits)
         self._lay_out_frame()
         self.stop_ids = self._stop_ids(folder)
         # "No.", "Yes.": the strings whose log-probability is the label-token score
@@ -263,18 +262,14 @@ class Prompts:
     def decode(self, ids):
         return self.tokenizer.decode([i for i in ids if i not in self.stop_ids])
 
-    def stated_label(self, answer):
-        """The label that an answer states: it starts with a label word (longest first, any case)
-        followed by . , : ; or the end. None: unparsable."""
-        for word, label in sorted(((w, i) for i, w in enumerate(self.labels)), key=lambda x: -len(x[0])):
-            if re.match(re.escape(word) + r"\s*([.,:;]|$)", answer.strip(), re.IGNORECASE):
-                return label
-        return None
-
-    def explanation_of(self, answer):
-        """The answer without the stated label at its start."""
-        label = self.stated_label(answer)
-        return answer.strip()[len(self.labels[label]) :].lstrip(" .,:;") if label is not None else answer
+    def parse(self, answer):
+        """An answer -> (the label that it states, the explanation after it). It states one by
+        starting with a label word, longest first, any case, and . , : ; or the end. Else None."""
+        for label in sorted((0, 1), key=lambda label: -len(self.labels[label])):
+            pattern = r"\s*" + re.escape(self.labels[label]) + r"\s*(?:[.,:;]\s*|$)"
+            if match := re.match(pattern, answer, re.IGNORECASE):
+                return label, answer[match.end() :].strip()
+        return None, answer.strip()
 
 
 # --- examples and batches -------------------------------------------------------------------------
@@ -346,18 +341,20 @@ def collate(examples, device="cpu"):
 
 
 def printable(text):
-    """Text with control characters escaped (new line and tab stay): safe to print to a terminal."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c)[0] != "C" else repr(c)[1:-1] for c in text)
+    """Text with control characters escaped, new line and tab kept: safe to print to a terminal."""
+    keep = "\n\t"
+    return "".join(c if c in keep or unicodedata.category(c)[0] != "C" else ascii(c)[1:-1] for c in text)
 
 
 def show(example, prompts):
     """One row as the model sees it: the prompt, its end, and the supervised tokens."""
+
     def text(ids):
         return printable(prompts.tokenizer.decode(ids, skip_special_tokens=False))
 
-    answer = "|".join(text([i]) for i in example.answer) or "(none: this row trains the score head only)"
-    return (f"{text(example.prompt)}\n<- prompt end: {len(example.prompt)} tokens; the score head reads "
-            f"the last\n{answer}\n<- {len(example.answer)} supervised tokens, separated by |")
+    answer = "|".join(text([i]) for i in example.answer) or "(none: trains the score head only)"
+    return (f"{text(example.prompt)}\n<- prompt end: the score head reads token "
+            f"{len(example.prompt)}\n{answer}\n<- {len(example.answer)} supervised tokens")
 
 
 def check(args):
@@ -365,36 +362,38 @@ def check(args):
     rows = read_rows(args.data)
     prompts = Prompts(args.model, args.question, args.labels, args.format, args.max_prompt, 10**9)
     examples = encode_rows(rows, prompts)
-    positives, groups = sum(row["label"] for row in rows), Counter(r.get("group") for r in rows)
-    texts = Counter(row["text"] for row in rows)
+    positives, texts = sum(row["label"] for row in rows), {row["text"] for row in rows}
+    groups = Counter(row["group"] for row in rows if "group" in row)
     answers = [len(example.answer) for example in examples if example.answer]
     cut = [example.tokens_cut for example in examples if example.tokens_cut]
     over = sum(length > args.max_answer for length in answers)
-    lone = groups.pop(None, 0)
 
-    def quantiles(lengths):
-        low, middle, high = np.percentile(lengths, [0, 50, 100])
-        return f"{low:.0f} to {high:.0f}, median {middle:.0f} tokens"
+    def spread(lengths):
+        low, middle, high = np.percentile(lengths or [0], [0, 50, 100])
+        return f"{low:.0f} to {high:.0f} tokens, median {middle:.0f}"
 
-    print(f"rows             {len(rows)}: {positives} of class 1 "
-          f"({prompts.word(1)}, {positives / len(rows):.1%}), {len(rows) - positives} of class 0")
-    print(f"explanations     {len(answers)}; {len(rows) - len(answers)} rows without one")
-    print(f"prompts          {quantiles([len(example.prompt) for example in examples])}")
-    print(f"answers          {quantiles(answers or [0])}; {over} over --max-answer {args.max_answer}")
-    print(f"cut              {len(cut)} texts over --max-prompt {args.max_prompt} lose {sum(cut)} tokens")
-    print(f"groups           {len(groups)}; {lone} rows without one")
-    print(f"duplicate texts  {sum(n - 1 for n in texts.values())}")
-    print(f"\nfirst row, format {prompts.format}:\n{show(examples[0], prompts)}")
+    for name, value in (
+        ("rows", f"{len(rows)}: {positives} {prompts.word(1)} ({positives / len(rows):.1%}), "
+                 f"{len(rows) - positives} {prompts.word(0)}"),
+        ("explanations", f"{len(answers)}; {len(rows) - len(answers)} rows without one"),
+        ("prompts", spread([len(example.prompt) for example in examples])),
+        ("answers", f"{spread(answers)}; {over} over --max-answer {args.max_answer}"),
+        ("cut", f"{len(cut)} texts lose {sum(cut)} tokens to --max-prompt {args.max_prompt}"),
+        ("groups", f"{len(groups)}; {len(rows) - groups.total()} rows without one"),
+        ("duplicates", f"{len(rows) - len(texts)} rows repeat another's text"),
+    ):
+        print(f"{name:14}{value}")
+    print(f"\nthe first row, format {prompts.format}:\n\n{show(examples[0], prompts)}")
 
 
 def add_prompt_arguments(parser):
     """The flags that make a prompt: the same in every script that encodes rows."""
-    parser.add_argument("--question", default=QUESTION, help="asked above every text")
-    parser.add_argument("--labels", nargs=2, default=["no", "yes"], metavar=("ZERO", "ONE"),
-                        help="the words for class 0 and class 1")
-    parser.add_argument("--format", choices=FRAMES, help="chat frame (default: by the tokenizer)")
-    parser.add_argument("--max-prompt", type=int, default=1024, help="tokens; the text is cut to fit")
-    parser.add_argument("--max-answer", type=int, default=256, help="tokens; a longer one is an error")
+    add = parser.add_argument
+    add("--question", default=QUESTION, help="asked above every text")
+    add("--labels", nargs=2, default=["no", "yes"], metavar=("ZERO", "ONE"), help="words for 0 and 1")
+    add("--format", choices=FRAMES, help="chat frame (default: by the tokenizer's special tokens)")
+    add("--max-prompt", type=int, default=1024, help="tokens; the middle of a longer text is cut")
+    add("--max-answer", type=int, default=256, help="tokens; a longer answer is an error")
 
 
 def main(argv=None):
@@ -402,10 +401,9 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     checker = commands.add_parser("check", help="counts, lengths, and one row as the model sees it")
     checker.add_argument("data", help="a JSON Lines file")
-    checker.add_argument("--model", default="models/smollm2-135m", help="folder with tokenizer.json")
+    checker.add_argument("--model", default="models/smollm2-135m", help="for its tokenizer")
     add_prompt_arguments(checker)
-    args = parser.parse_args(argv)
-    check(args)
+    check(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -10,22 +10,20 @@ the base weights; log.jsonl has a line for every step and every validation.
 import argparse
 import json
 import math
-import shutil
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from tqdm import tqdm
 
-from clsgen import (TARGETS, CLSGen, Run, add_lora, base_fingerprint, joint_loss, pick_device, pick_dtype,
-                    run_main, versions, write_atomically)
-from data import (DataError, Prompts, add_prompt_arguments, collate, encode_rows, printable, read_rows,
-                  show, split_valid)
-from eval import auroc, best_f1_threshold, calibration_slope, ece, ece_floor, f1_score, log_loss, table
+from clsgen import (
+    TARGETS, CLSGen, Run, adapter_tensors, add_lora, base_fingerprint, joint_loss, pick, run_main, versions
+)
+from data import (
+    DataError, Prompts, add_prompt_arguments, collate, encode_rows, printable, read_rows, show, split_valid
+)
+from eval import auroc, best_f1_threshold, calibration_slope, score_metrics, table
 from model import load_llama
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -66,9 +64,8 @@ def parse(argv=None):
     # run folder
     add("--out", type=Path, help="run folder (default: runs/ and the name of --data)")
     add("--overwrite", action="store_true", help="replace a run that is there")
-    add("--resume", type=Path, metavar="RUN", help="go on with a stopped run, under its own flags")
     add("--valid-every", type=int, help="validate every so many steps (default: each epoch)")
-    add("--keep-best", action="store_true", help="keep the validation with the lowest BCE, not the last")
+    add("--keep-best", action="store_true", help="keep the step of lowest validation BCE, not the last")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / args.data.stem
     return args
@@ -100,8 +97,8 @@ def load_data(args, prompts):
     rows = read_rows(args.data)
     if args.valid:
         valid = read_rows(args.valid)
-        shared = {row["group"] for row in rows if "group" in row} & {row.get("group") for row in valid}
-        if shared:
+        groups = [{row["group"] for row in side if "group" in row} for side in (rows, valid)]
+        if shared := groups[0] & groups[1]:
             print(f"warning: {len(shared)} groups stand in both {args.data} and {args.valid}")
     else:
         rows, valid = split_valid(rows, args.valid_fraction, args.seed)
@@ -152,11 +149,11 @@ def validate(model, examples, device, size=16):
         indices = order[start : start + size]
         batch = collate([examples[i] for i in indices], device)
         logit, logits = model(batch)
-        parts = joint_loss(logit, batch.labels, logits, batch.targets, len(examples), n_tokens, 1, 1)
-        bce, lm = bce + parts[1].item(), lm + parts[2].item()
+        _, *parts = joint_loss(logit, batch.labels, logits, batch.targets, len(examples), n_tokens, 1, 1)
+        bce, lm = bce + parts[0].item(), lm + parts[1].item()
         z[indices] = logit.cpu()
     y = [example.label for example in examples]
-    return {"bce": bce, "lm": lm if n_tokens else None, "auroc": auroc(y, sigmoid(z))}, z
+    return {"bce": bce, "lm": lm, "auroc": auroc(y, sigmoid(z))}, z
 
 
 def sigmoid(z):
@@ -170,7 +167,7 @@ def calibrate(y, z):
             raise ValueError(f"{len(y)} validation rows, 30 are due")
         slope, bias = calibration_slope(y, sigmoid(z))
         if slope <= 0:
-            raise ValueError(f"the fitted slope is {slope:.3f}: the score ranks the rows the wrong way")
+            raise ValueError(f"the score ranks these rows the wrong way (slope {slope:.3f})")
     except ValueError as error:
         return 1.0, 0.0, f"not calibrated: {error}"
     return 1 / slope, bias, None
@@ -180,7 +177,7 @@ def calibrate(y, z):
 
 
 def train_step(model, optimizer, examples, args, share, device):
-    """One optimizer step over `examples` in micro-batches -> (BCE, LM loss or None)."""
+    """One optimizer step over `examples` in micro-batches -> (BCE, LM loss), each a mean."""
     n_tokens = sum(len(example.answer) for example in examples)
     bce = lm = 0.0
     for micro in micro_batches(examples, args.micro_batch):
@@ -199,20 +196,21 @@ def train_step(model, optimizer, examples, args, share, device):
         raise ValueError(f"the gradient is not finite; rows of this step: {ids}")
     optimizer.step()
     optimizer.zero_grad()
-    return bce, lm if n_tokens else None
+    return bce, lm
 
 
 def main(argv=None):
     args = parse(argv)
     check_arguments(args)
     torch.manual_seed(args.seed)
-    device = pick_device(args.device)
-    prompts = Prompts(args.model, args.question, args.labels, args.format, args.max_prompt, args.max_answer)
-    train_rows, valid_rows = load_data(args, prompts)
+    dtype, device = pick(args.dtype, args.device)
+    prompts = Prompts(args.model, args.question, args.labels, args.format, args.max_prompt,
+                      args.max_answer)
+    rows, valid_rows = load_data(args, prompts)
     # Where the text does not train, its tokens need not be computed; validation still measures them
-    train = encode_rows(train_rows, prompts, answers=args.lm_weight > 0)
+    train = encode_rows(rows, prompts, answers=args.lm_weight > 0)
     valid = encode_rows(valid_rows, prompts)
-    llama = load_llama(args.model, pick_dtype(args.dtype, device), device)
+    llama = load_llama(args.model, dtype, device)
     llama.checkpointing = args.checkpointing
     model = CLSGen(add_lora(llama, args.rank, args.alpha, args.targets))
     groups = model.parameter_groups()
@@ -222,45 +220,47 @@ def main(argv=None):
         lr=0.0, betas=(0.9, 0.99), weight_decay=0.0,
     )
     steps = max(1, round(args.epochs * len(train) / args.batch))
-    every = args.valid_every or max(1, math.ceil(len(train) / args.batch))
-    args.out.mkdir(parents=True, exist_ok=True)
-    config = {**{k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-              "device": str(device), "dtype": str(llama.norm.weight.dtype).removeprefix("torch."),
-              "format": prompts.format, "steps": steps, "threads": torch.get_num_threads()}
+    every = args.valid_every or math.ceil(len(train) / args.batch)
+    config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    config |= {"device": str(device), "dtype": str(dtype), "format": prompts.format, "steps": steps,
+               "threads": torch.get_num_threads(), "versions": versions()}
     introduce(config, groups, train, valid, prompts)
-    log, start = open(args.out / "log.jsonl", "w"), time.perf_counter()
 
-    def write(line):
-        log.write(json.dumps(line) + "\n")
-        log.flush()
+    args.out.mkdir(parents=True, exist_ok=True)
+    best, tokens, start = None, 0, time.perf_counter()
+    with open(args.out / "log.jsonl", "w") as log, tqdm(total=steps, desc="train") as bar:
+        def write(line):
+            print(json.dumps(line), file=log, flush=True)
 
-    write({"config": config, "versions": versions()})
-    best, tokens = None, 0
-    bar = tqdm(total=steps, unit="step", desc="train")
-    for step in range(steps):
-        examples = [train[i] for i in rows_of_step(step, len(train), args.batch, args.seed)]
-        share = schedule(step, steps, args.warmup)
-        bce, lm = train_step(model, optimizer, examples, args, share, device)
-        tokens += sum(map(len, examples))
-        seconds = time.perf_counter() - start
-        write({"step": step + 1, "bce": bce, "lm": lm, "lr": share * args.lr, "tokens": tokens,
-               "seconds": round(seconds, 2)})
-        bar.update()
-        bar.set_postfix_str(f"bce {bce:.3f} lm {math.nan if lm is None else lm:.3f} {tokens / seconds:.0f} tok/s")
-        if (step + 1) % every == 0 or step + 1 == steps:
-            measured, z = validate(model, valid, device)
-            write({"step": step + 1, "valid": measured})
-            bar.write(f"step {step + 1}: validation bce {measured['bce']:.4f} "
-                      f"lm {measured['lm'] or math.nan:.4f} auroc {measured['auroc']:.4f}")
-    bar.close()
-    log.close()
-    base_rate = float(np.mean([row["label"] for row in train_rows]))
-    finish(args, model.eval(), prompts, valid_rows, z, base_rate)
+        write({"config": config})
+        for step in range(1, steps + 1):
+            examples = [train[i] for i in rows_of_step(step - 1, len(train), args.batch, args.seed)]
+            share = schedule(step - 1, steps, args.warmup)
+            bce, lm = train_step(model, optimizer, examples, args, share, device)
+            tokens, seconds = tokens + sum(map(len, examples)), time.perf_counter() - start
+            write({"step": step, "bce": bce, "lm": lm, "lr": share * args.lr, "tokens": tokens,
+                   "seconds": round(seconds, 2)})
+            bar.set_postfix_str(f"bce {bce:.3f} lm {lm:.3f} {tokens / seconds:.0f} tok/s", refresh=False)
+            bar.update()
+            if step % every == 0 or step == steps:
+                measured, z = validate(model, valid, device)
+                write({"step": step, "valid": measured})
+                bar.write(f"step {step}: validation " + "  ".join(
+                    f"{name} {value:.4f}" for name, value in measured.items()))
+                if not best or not args.keep_best or measured["bce"] < best[0]:
+                    tensors = {name: t.clone() for name, t in adapter_tensors(model).items()}
+                    best = measured["bce"], step, tensors, z
+    _, kept, tensors, z = best
+    for name, tensor in adapter_tensors(model).items():
+        tensor.copy_(tensors[name])
+    base_rate = float(np.mean([row["label"] for row in rows]))
+    finish(args, model.eval(), prompts, valid_rows, z, {"base_rate": base_rate, "step": kept})
 
 
 def introduce(config, groups, train, valid, prompts):
     """The first screen: configuration, what trains, how much data, one row as the model sees it."""
-    print("  ".join(f"{key}={value}" for key, value in config.items() if value is not None))
+    for key, value in config.items():
+        print(f"{key:15} {' '.join(map(str, value)) if isinstance(value, list) else value}")
     for name, parameters in groups.items():
         print(f"{name:7} {sum(p.numel() for p in parameters.values()):>12,} parameters")
     tokens, cut = sum(map(len, train)), sum(example.tokens_cut > 0 for example in train)
@@ -269,33 +269,33 @@ def introduce(config, groups, train, valid, prompts):
     print(f"valid   {len(valid):>12,} rows\n\n{show(train[0], prompts)}\n", flush=True)
 
 
-def finish(args, model, prompts, rows, z, base_rate):
+def finish(args, model, prompts, rows, z, meta):
     """Calibration and threshold on the validation rows, the run folder, a table, three rows."""
     y = np.array([row["label"] for row in rows])
-    meta = {
+    meta |= {
         "base": str(args.model), "base_fingerprint": base_fingerprint(args.model),
         "prompts": prompts.settings(), "scorer": "head" if args.cls_weight else "label_token",
         "lora": {"rank": args.rank, "alpha": args.alpha, "targets": list(args.targets)},
-        "calibration": {"temperature": 1.0, "bias": 0.0}, "threshold": 0.5, "base_rate": base_rate,
+        "calibration": {"temperature": 1.0, "bias": 0.0}, "threshold": 0.5,
     }
     run = Run(model, prompts, meta, str(args.out))
     if not args.cls_weight:  # the score head never trained: the label token is the score
         p = np.array([record["raw_probability"] for record in run.predict(rows, explain=False)])
         z = np.log(p) - np.log1p(-p)
     temperature, bias, sentence = calibrate(y, z)
-    print(sentence or f"calibrated on {len(y)} validation rows: temperature {temperature:.3f}, bias {bias:.3f}")
-    meta["calibration"] = {"temperature": temperature, "bias": bias}
+    print(sentence or f"calibrated on {len(y)} rows: temperature {temperature:.3f}, bias {bias:.3f}")
     p = sigmoid(z / temperature + bias)
+    meta["calibration"] = {"temperature": temperature, "bias": bias}
     meta["threshold"] = best_f1_threshold(y, p)
     run.save(args.out)
-    floor, q95 = ece_floor(p)
-    columns = {name: {"auroc": auroc(y, q), "f1": f1_score(y, q >= meta["threshold"]),
-                      "log_loss": log_loss(y, q), "ece": ece(y, q), "ece_floor": ece_floor(q)[0]}
-               for name, q in (("calibrated", p), ("raw", sigmoid(z)))}
-    print("\nvalidation rows (calibration and threshold were fitted on them: flattering)\n")
-    print(table(columns, list(columns["raw"])))
+    columns = {"calibrated": score_metrics(y, p, p >= meta["threshold"]),
+               "raw": score_metrics(y, sigmoid(z))}
+    print(f"\n{len(y)} validation rows (calibration and threshold were fitted on them: flattering)\n")
+    print(table(columns, ("auroc", "f1", "log_loss", "ece", "ece_floor")))
     for record in run.predict([rows[i] for i in (0, len(rows) // 2, len(rows) - 1)]):
-        print(f"\nrow {record['id']}: p {record['probability']:.3f}, label {record['true_label']}\n"
+        stated = {None: "nothing", **dict(enumerate(prompts.labels))}[record["stated_label"]]
+        print(f"\nrow {record['id']}: probability {record['probability']:.3f}, label "
+              f"{prompts.labels[record['true_label']]}; the text states {stated}:\n"
               f"  {printable(record['explanation'])}")
     print(f"\nrun folder: {args.out}")
 

@@ -1,0 +1,209 @@
+"""The transformer and its loading, against transformers and against what can go wrong on disk."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import CONFIG, write_model
+from safetensors.torch import load_file, save_file
+
+from model import LlamaConfig, load_llama
+
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 64}
+VARIANTS = {
+    "tied": {},
+    "untied": {"tie_word_embeddings": False},
+    "one head a group": {"num_key_value_heads": 4},
+    "head_dim": {"head_dim": 16},
+    "llama3 rope": {"rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE},
+    "bias": {"attention_bias": True},
+    "mistral window": {"model_type": "mistral", "sliding_window": 7},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "qwen2": {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 7},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
+}
+
+
+def reference(folder):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_logits_equal_transformers_with_and_without_cache(name, tmp_path):
+    """Fails if a config value is ignored (theta, eps, window, head_dim, scaling, bias), if pairs of
+    neighbours are rotated instead of halves, or if the cache puts a short row's token elsewhere."""
+    write_model(tmp_path, **VARIANTS[name])
+    model, theirs = load_llama(tmp_path, torch.float32), reference(tmp_path)
+    lengths, more = torch.tensor([21, 9, 14]), 6
+    ids = torch.randint(3, 400, (3, 27), generator=torch.Generator().manual_seed(1))
+    due = [theirs(row[None, : n + more]).logits[0] for row, n in zip(ids, lengths, strict=True)]
+    logits = model.logits(model(ids))
+    for i, n in enumerate(lengths):
+        torch.testing.assert_close(logits[i, : n + more], due[i], atol=1e-4, rtol=1e-4)
+    prompts = torch.zeros(3, 21, dtype=torch.long)  # right-padded prompts, then token by token
+    for i, n in enumerate(lengths):
+        prompts[i, :n] = ids[i, :n]
+    cache = model.new_cache(3, 21 + more)
+    logits = model.logits(model(prompts, cache))
+    for i, n in enumerate(lengths):
+        torch.testing.assert_close(logits[i, :n], due[i][:n], atol=1e-4, rtol=1e-4)
+    for step in range(more):
+        token = ids[torch.arange(3), lengths + step][:, None]
+        logits = model.logits(model(token, cache, (lengths + step)[:, None]))
+        for i, n in enumerate(lengths):
+            torch.testing.assert_close(logits[i, 0], due[i][n + step], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_long_rows_take_the_other_attention_to_the_same_values(tmp_path):
+    """Fails if the hand-written attention of short rows differs from SDPA, which long rows use."""
+    write_model(tmp_path, max_position_embeddings=2048)
+    model = load_llama(tmp_path, torch.float32)
+    ids = torch.randint(3, 400, (1, 1100))
+    torch.testing.assert_close(model(ids)[:, :900], model(ids[:, :900]), atol=1e-4, rtol=1e-4)
+
+
+def test_checkpointing_leaves_gradients_alone(tmp_path):
+    """Fails if a recomputed block sees another input than the first time."""
+    write_model(tmp_path)
+    ids, gradients = torch.randint(3, 400, (2, 12)), []
+    for checkpointing in (False, True):
+        model = load_llama(tmp_path, torch.float32)
+        model.checkpointing = checkpointing
+        model(ids).square().sum().backward()
+        gradients.append(model.layers[0].mlp.up_proj.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_new_spelling_of_rope(tmp_path):
+    """Fails if `rope_parameters` of transformers 5 is not read, or read without its theta."""
+    new = {**CONFIG, "rope_parameters": {**LLAMA3_ROPE, "rope_theta": 500000.0}}
+    del new["rope_theta"]
+    old = {**CONFIG, "rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE}
+    assert LlamaConfig.from_dict(new) == LlamaConfig.from_dict(old)
+
+
+def shard(folder):
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    where = {name: f"model-{i % 2 + 1:05}-of-00002.safetensors" for i, name in enumerate(names)}
+    for file in set(where.values()):
+        save_file({n: tensors[n].clone() for n in names if where[n] == file}, folder / file)
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return where
+
+
+@torch.no_grad()
+def test_shards_of_the_index_and_nothing_else(tmp_path):
+    """Fails if files are found by a glob: the single file left beside the shards is poisoned."""
+    write_model(tmp_path)
+    whole = load_llama(tmp_path, torch.float32)
+    shard(tmp_path)
+    poison = {name: t * float("nan") for name, t in load_file(tmp_path / "model.safetensors").items()}
+    save_file(poison, tmp_path / "model.safetensors")
+    ids = torch.arange(3, 20)[None]
+    assert torch.equal(load_llama(tmp_path, torch.float32)(ids), whole(ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dtype_on_disk_is_cast(tmp_path, dtype):
+    """Fails if the disk's dtype is kept instead of the one asked for."""
+    write_model(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+    save_file(tensors, path)
+    model = load_llama(tmp_path, torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    due = tensors["model.norm.weight"].to(torch.bfloat16)
+    assert torch.equal(model.norm.weight, due)
+
+
+BAD_CONFIGS = {
+    "model_type": "gemma", "hidden_act": "gelu", "quantization_config": {"bits": 4},
+    "rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "hidden_size": "32", "rms_norm_eps": None,
+    "num_key_value_heads": 3, "num_hidden_layers": 0, "mlp_bias": True, "rope_theta": float("inf"),
+    "layer_types": ["full_attention", "sliding_attention"], "vocab_size": True,
+}
+
+
+@pytest.mark.parametrize("key", BAD_CONFIGS)
+def test_unsupported_config_is_refused_by_name(key):
+    """Fails if a key that changes the computation is ignored, or the sentence hides which it is."""
+    name = "rope_type" if key == "rope_scaling" else key
+    with pytest.raises(ValueError, match=name):
+        LlamaConfig.from_dict({**CONFIG, key: BAD_CONFIGS[key]})
+
+
+def test_unknown_config_key_warns_once(capsys):
+    """Fails if a new key passes in silence, or a harmless one is complained about."""
+    LlamaConfig.from_dict({**CONFIG, "logit_softcap": 30, "torch_dtype": "bfloat16"})
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "logit_softcap" in error and "torch_dtype" not in error
+
+
+def break_checkpoint(folder, how):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif how == "gone":
+        path.unlink()
+    elif how == "index":
+        where = shard(folder)
+        where["model.norm.weight"] = "../other.safetensors"
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    else:
+        if how in ("missing", "all three"):
+            del tensors["model.layers.1.mlp.up_proj.weight"]
+        if how in ("surplus", "all three"):
+            tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(48, 32)
+        if how in ("shape", "all three"):
+            tensors["model.norm.weight"] = torch.zeros(31)
+        save_file(tensors, path)
+
+
+@pytest.mark.parametrize("how, words", [
+    ("truncated", ["model.safetensors"]),
+    ("gone", ["model.safetensors is missing"]),
+    ("index", ["index.json", "weight_map"]),
+    ("missing", ["missing model.layers.1.mlp.up_proj.weight"]),
+    ("surplus", ["surplus model.layers.2.mlp.up_proj.weight"]),
+    ("shape", ["model.norm.weight is [31], due is [32]"]),
+    ("all three", ["missing model", "surplus model", "is [31]"]),
+])
+def test_broken_checkpoints_are_named(tmp_path, how, words):
+    """Fails if a load passes with a tensor missing or renamed, or the error names only one of many."""
+    write_model(tmp_path)
+    break_checkpoint(tmp_path, how)
+    with pytest.raises(ValueError) as error:
+        load_llama(tmp_path)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_repeated_tied_head_and_old_rotary_tables_are_no_surplus(tmp_path):
+    """Fails if published checkpoints that repeat lm_head or store inv_freq are refused."""
+    write_model(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+    save_file(tensors, path)
+    load_llama(tmp_path)
+
+
+def test_a_folder_without_config(tmp_path):
+    """Fails if a partial folder ends in a traceback of another kind."""
+    write_model(tmp_path / "m")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copytree(tmp_path / "m", tmp_path / name)
+        (tmp_path / name / name).unlink()
+        with pytest.raises(ValueError, match=name):
+            load_llama(tmp_path / name)
+    with pytest.raises(ValueError, match="nowhere"):
+        load_llama(tmp_path / "nowhere")
