@@ -222,8 +222,8 @@ def main(argv=None):
     steps = max(1, round(args.epochs * len(train) / args.batch))
     every = args.valid_every or math.ceil(len(train) / args.batch)
     config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    config |= {"device": str(device), "dtype": str(dtype), "format": prompts.format, "steps": steps,
-               "threads": torch.get_num_threads(), "versions": versions()}
+    config |= {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "steps": steps,
+               "format": prompts.format, "threads": torch.get_num_threads(), "versions": versions()}
     introduce(config, groups, train, valid, prompts)
 
     args.out.mkdir(parents=True, exist_ok=True)
