@@ -47,11 +47,9 @@ GOLDEN_TEXT = "The quick brown fox jumps over the lazy dog, 12 times out of 30."
 
 
 class LoRALinear(nn.Linear):
-    """y = x W^T + (alpha / rank) x A^T B^T, W frozen (arXiv 2106.09685).
-
-    A is random and B zero, so that wrapping changes nothing and the first step moves B alone.
-    A and B are float32 (small updates vanish in bfloat16); their products run in the base's dtype.
-    """
+    """y = x W^T + (alpha / rank) x A^T B^T, W frozen (arXiv 2106.09685). A is random and B zero, so
+    that wrapping changes nothing. Both are float32, since small updates vanish in bfloat16; their
+    products run in the base's dtype."""
 
     def __init__(self, base, rank, alpha):
         super().__init__(base.in_features, base.out_features, device="meta")
@@ -120,11 +118,8 @@ class CLSGen(nn.Module):
 
 
 def joint_loss(z, y, logits, targets, n_examples, n_tokens, w_cls, w_lm):
-    """(L, BCE, CE): the sums of this micro-batch over the counts of the whole optimizer step.
-
-    z, y (B,); logits (A, V), targets (A,). n_examples and n_tokens count the accumulation window
-    over all ranks, so that micro-batches add up to the gradient of one large batch.
-    """
+    """(L, BCE, CE) of a micro-batch; z, y (B,); logits (A, V); targets (A,). n_examples and n_tokens
+    count the whole optimizer step, so that micro-batches add up to the gradient of one batch."""
     bce = F.binary_cross_entropy_with_logits(z, y, reduction="sum") / n_examples
     lm = F.cross_entropy(logits.float(), targets, reduction="sum") / max(n_tokens, 1)
     # 0 * z.sum() keeps the graph whole where a weight is zero or no row has an answer
@@ -136,8 +131,7 @@ def joint_loss(z, y, logits, targets, n_examples, n_tokens, w_cls, w_lm):
 
 def write_atomically(path, data):
     """Writes bytes or str under a temporary name, syncs, renames: all of it or what was there."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -177,12 +171,11 @@ def load_adapter(model, path):
 def base_fingerprint(folder):
     """SHA-256 of config.json, tokenizer.json and the headers of the weight files."""
     digest = hashlib.sha256()
-    for name in ("config.json", "tokenizer.json"):
-        digest.update((Path(folder) / name).read_bytes())
+    for path in (Path(folder) / "config.json", Path(folder) / "tokenizer.json"):
+        digest.update(path.read_bytes())
     for path in checkpoint_files(folder):
         with open(path, "rb") as file:
-            size = file.read(8)
-            digest.update(size + file.read(int.from_bytes(size, "little")))
+            digest.update(file.read(int.from_bytes(file.read(8), "little")))
     return digest.hexdigest()
 
 
@@ -192,7 +185,7 @@ def versions():
 
 
 def pick(dtype, device):
-    """(dtype, device): CUDA where there is one; "auto": bfloat16 where the processor is fast at it."""
+    """(dtype, device): CUDA if there is one; "auto" is bfloat16 where the processor multiplies it."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype == "auto":
         cpu = torch.cpu.get_capabilities()
@@ -210,7 +203,7 @@ def greedy(logits):
 
 
 def sampler(temperature, top_p, seed):
-    """A function like greedy that draws from softmax(logits / temperature), from the smallest set of
+    """Like greedy, but draws from softmax(logits / temperature), and there from the smallest set of
     tokens that holds top_p of the mass (nucleus sampling, arXiv 1904.09751)."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -243,26 +236,23 @@ class Run:
 
     def save(self, folder):
         """Writes adapter_model.safetensors, adapter_config.json (peft's layout) and clsgen.json."""
-        lora = self.meta["lora"]
+        rank, alpha, targets = (self.meta["lora"][key] for key in ("rank", "alpha", "targets"))
         write_tensors(folder / "adapter_model.safetensors", adapter_tensors(self.model))
         write_json(folder / "adapter_config.json", {
-            "peft_type": "LORA", "task_type": "SEQ_CLS", "r": lora["rank"],
-            "lora_alpha": lora["alpha"], "lora_dropout": 0.0, "bias": "none",
-            "target_modules": lora["targets"], "modules_to_save": ["classifier", "score"],
-            "base_model_name_or_path": self.meta["base"], "inference_mode": True,
-        })
+            "peft_type": "LORA", "task_type": "SEQ_CLS", "r": rank, "lora_alpha": alpha,
+            "lora_dropout": 0.0, "bias": "none", "target_modules": targets, "inference_mode": True,
+            "modules_to_save": ["classifier", "score"], "base_model_name_or_path": self.meta["base"]})
         self.meta |= {"golden": self.golden(), "versions": versions()}
         write_json(folder / "clsgen.json", self.meta)
 
     def _label_token(self, cache, last, prompt_end):
         """log p("Yes.") - log p("No.") after the prompt, from its cache: (B,)."""
         scores = []
-        for ids in self.prompts.label_ids:
+        for ids in self.prompts.label_ids:  # "No." and "Yes.": the word's tokens and the full stop
             tokens = torch.tensor(ids, device=self.device).expand(len(last), -1)
-            hidden = last[:, None]
-            if len(ids) > 1:
-                positions = prompt_end[:, None] + torch.arange(1, len(ids), device=self.device)
-                hidden = torch.cat((hidden, self.llama(tokens[:, :-1], cache, positions)), dim=1)
+            positions = prompt_end[:, None] + torch.arange(1, len(ids), device=self.device)
+            hidden = self.llama(tokens[:, :-1], cache, positions)
+            hidden = torch.cat((last[:, None], hidden), dim=1)
             logp = self.llama.logits(hidden).float().log_softmax(-1)
             scores.append(logp.gather(-1, tokens[..., None]).sum((1, 2)))
         return scores[1] - scores[0]
@@ -285,29 +275,26 @@ class Run:
 
     @torch.inference_mode()
     def run_batch(self, examples, explain=True, decide="text", choose=greedy):
-        """Yields the rows' records without text, then their answers token by token, each (B,).
-
-        One prefill gives p, and its cache goes on to the label words and the explanation. An
-        LM-only run has no trained head: its label-token score takes the head's place.
-        """
+        """Yields the rows' records without text, then their answers token by token, each (B,). One
+        prefill gives p, and its cache goes on to the label words and the explanation."""
         batch, prompts = collate(examples, self.device), self.prompts
         room = max(explain * prompts.max_answer, *map(len, prompts.label_ids))
         cache = self.llama.new_cache(len(examples), batch.input_ids.shape[1] + room)
         hidden, prompt_end = self.llama(batch.input_ids, cache), batch.prompt_end
         last = hidden[torch.arange(len(examples)), prompt_end]  # (B, D)
         token = self._label_token(cache, last, prompt_end)
+        # An LM-only run has no trained head: the label token's score takes its place
         z = token if self.meta["scorer"] == "label_token" else self.model.logit(last)
         calibration, threshold = self.meta["calibration"], self.meta["threshold"]
         p = torch.sigmoid(z / calibration["temperature"] + calibration["bias"])
-        records, columns = [], torch.stack((p, z.sigmoid(), token.sigmoid()), 1).tolist()
-        for example, (p, raw, token) in zip(examples, columns, strict=True):
-            records.append({
-                "id": example.id, "probability": p, "raw_probability": raw,
-                "label_token_probability": token, "label": int(p >= threshold),
-                "threshold": threshold, "explanation": None, "stated_label": None, "agree": None,
-                "tokens_cut": example.tokens_cut, "run": self.name})
-            if example.label is not None:
-                records[-1]["true_label"] = example.label
+        scores = torch.stack((p, z.sigmoid(), token.sigmoid()), 1).tolist()
+        records = [{
+            "id": example.id, "probability": p, "raw_probability": raw,
+            "label_token_probability": token, "label": int(p >= threshold), "threshold": threshold,
+            "explanation": None, "stated_label": None, "agree": None,
+            "tokens_cut": example.tokens_cut, "run": self.name,
+            **({} if example.label is None else {"true_label": example.label}),
+        } for example, (p, raw, token) in zip(examples, scores, strict=True)]
         yield records
         if explain:
             decided = [prompts.label_ids[record["label"]] for record in records]
@@ -316,38 +303,29 @@ class Run:
 
     def predict(self, rows, explain=True, batch_size=16, decide="text", choose=greedy,
                 progress=False):
-        """Texts or row dicts -> a list of records in their order (fields: see run_batch).
-
-        decide="head" starts each answer with the head's decision, so that the text argues for it;
-        by default the model states a label of its own, which is what agreement measures.
-        """
+        """Texts or row dicts -> their records, in order. decide="head" starts each answer with the
+        head's decision, so that the text argues for it; by default the text states a label of its
+        own, which is what agreement measures. choose: greedy, or a sampler."""
         rows = [{"id": i, "text": r} if isinstance(r, str) else r for i, r in enumerate(rows, 1)]
         examples = encode_rows(rows, self.prompts, answers=False)
         order = sorted(range(len(rows)), key=lambda i: -len(examples[i]))  # alike lengths together
-        results = [None] * len(rows)
-        bar = tqdm(total=len(rows), unit="row", desc="predict", disable=not progress)
-        for start in range(0, len(rows), batch_size):
+        results = {}
+        for start in tqdm(range(0, len(rows), batch_size), unit="batch", disable=not progress):
             indices = order[start : start + batch_size]
-            steps = self.run_batch([examples[i] for i in indices], explain, decide, choose)
-            records, *tokens = steps
-            for record, ids in zip(records, torch.stack(tokens, 1).tolist() if tokens else ()):
+            batch = [examples[i] for i in indices]
+            records, *tokens = self.run_batch(batch, explain, decide, choose)
+            results |= zip(indices, records, strict=True)
+            for record, ids in zip(records, torch.stack(tokens, 1).tolist() if explain else ()):
                 stated, text = self.prompts.parse(self.prompts.decode(ids))
                 record |= {"explanation": text, "stated_label": stated}
                 record["agree"] = stated == record["label"]
-            for i, record in zip(indices, records, strict=True):
-                results[i] = record
-            bar.update(len(indices))
-        bar.close()
-        return results
+        return [results[i] for i in range(len(rows))]
 
 
 def load_run(folder, model=None, dtype=None, device=None):
     """A run folder, or what `merge` made of one -> Run. `model`: the base folder if it has moved.
-
-    ValueError when the base's fingerprint or the golden row says that this is another model.
-    """
-    folder = Path(folder)
-    meta = read_json(folder / "clsgen.json")
+    ValueError when the base's fingerprint or the golden row says that this is another model."""
+    folder, meta = Path(folder), read_json(Path(folder) / "clsgen.json")
     dtype, device = pick(dtype or meta["golden"]["dtype"], device)
     merged = (folder / "score.safetensors").exists()
     base = folder if merged else Path(model or meta["base"])
@@ -364,17 +342,14 @@ def load_run(folder, model=None, dtype=None, device=None):
     stored, here = meta["golden"], run.golden()
     if stored["ids"] != here["ids"]:
         raise ValueError(f"{folder}: the tokenizer is not the one that this run was trained with")
-    exact = stored["dtype"] == here["dtype"] == "float32"
-    if not abs(stored["logit"] - here["logit"]) <= (1e-3 if exact else 0.25):
-        raise ValueError(
-            f"{folder}: a fixed sentence has logit {here['logit']:.4f} ({here['dtype']}) here and "
-            f"{stored['logit']:.4f} ({stored['dtype']}) in the run: other base weights, LoRA or head"
-        )
+    tolerance = 1e-3 if stored["dtype"] == here["dtype"] == "float32" else 0.25
+    if not abs(stored["logit"] - here["logit"]) <= tolerance:
+        raise ValueError(f"{folder}: a fixed sentence has logit {here['logit']:.4f}, the run says "
+                         f"{stored['logit']:.4f}: other base weights, LoRA or head")
     return run
 
 
 # --- commands -------------------------------------------------------------------------------------
-
 
 
 def merge(run, base, out, shard_bytes=5 * 10**9):
@@ -388,20 +363,17 @@ def merge(run, base, out, shard_bytes=5 * 10**9):
         if ".lora_" not in name:
             shards.setdefault(size // shard_bytes, {})[disk_name(name)] = tensor
             size += tensor.nbytes
-    names = {i: f"model-{n:05}-of-{len(shards):05}.safetensors" for n, i in enumerate(shards, 1)}
-    if len(shards) == 1:
-        names = {0: "model.safetensors"}
-    else:
-        where = {key: names[i] for i, shard in shards.items() for key in shard}
-        index = {"metadata": {"total_size": size}, "weight_map": where}
+    index = {"metadata": {"total_size": size}, "weight_map": {}}
+    for number, shard in enumerate(shards.values(), 1):
+        part = "" if len(shards) == 1 else f"-{number:05}-of-{len(shards):05}"
+        write_tensors(out / f"model{part}.safetensors", shard)
+        index["weight_map"] |= dict.fromkeys(shard, f"model{part}.safetensors")
+    if len(shards) > 1:
         write_json(out / "model.safetensors.index.json", index)
-    for i, shard in shards.items():
-        write_tensors(out / names[i], shard)
     for path in base.iterdir():  # tokenizer, generation config, chat template
         if path.suffix in (".json", ".model", ".jinja", ".txt") and "index" not in path.name:
             shutil.copyfile(path, out / path.name)
-    golden = run.golden()
-    config = read_json(base / "config.json")
+    golden, config = run.golden(), read_json(base / "config.json")
     config["dtype" if "dtype" in config else "torch_dtype"] = golden["dtype"]
     write_json(out / "config.json", config)
     write_tensors(out / "score.safetensors", {PEFT_PREFIX + "score.weight": run.model.score.weight})

@@ -8,11 +8,11 @@ A note mentions four weighted factors, two distractors, and nothing else. How `p
     label       ~ Bernoulli(probability)
 
 A factor is asserted or negated by a fair coin, in a frame of words that has a twin for the other
-case ("found signs of X" | "found no signs of X"). Factors come in pairs, one that raises the risk
-and one that lowers it by the same weight, and a note mentions two whole pairs. So neither the
-phrase of a factor nor the words of a frame say anything about the label on their own: the reader
-has to see which phrase a negation belongs to. `evidence` lists the asserted phrases, verbatim from
-the text, and `explanation` argues from exactly those.
+case ("found signs of X" | "found no signs of X"). A note mentions three of six factors that raise
+the risk and one of two that lower it. So the phrase of a factor says little about the label, and
+the words of a frame say little about which factor they belong to: the reader has to see which
+phrase a negation negates. `evidence` lists the asserted phrases, verbatim from the text, and
+`explanation` argues from exactly those.
 
 Standard library only; the same seed gives the same bytes:
 
@@ -28,18 +28,23 @@ from pathlib import Path
 
 SIZES = {"train": 1200, "valid": 300, "test": 500}
 
-# Below zero, so that a note whose factors cancel out leans to survival instead of to a coin flip.
-INTERCEPT = -1.1
+INTERCEPT = -5.6
 
-# (weight, phrases that raise the logit by it, phrases that lower it by it). Weights are invented.
-PAIRS = [
-    (4.2, ["metastatic cancer", "spreading cancer"], ["independent walking", "unaided walking"]),
-    (3.6, ["severe sepsis", "blood poisoning"], ["completed rehabilitation", "finished rehab"]),
-    (3.0, ["heart failure", "cardiac failure"], ["family support", "supportive relatives"]),
-    (2.4, ["low oxygen levels", "laboured breathing"], ["good appetite", "healthy appetite"]),
+# Weight on the logit when asserted, and the phrases that name the factor. Weights are invented.
+RISKS = [
+    (6.4, ["metastatic cancer", "spreading cancer"]),
+    (5.8, ["severe sepsis", "blood poisoning"]),
+    (5.3, ["heart failure", "cardiac failure"]),
+    (4.8, ["low oxygen levels", "laboured breathing"]),
+    (4.3, ["kidney failure", "renal failure"]),
+    (3.8, ["frequent falls", "repeated falls"]),
+]
+PROTECTIONS = [
+    (-5.6, ["independent walking", "unaided walking"]),
+    (-5.0, ["family support", "supportive relatives"]),
 ]
 
-# (asserted, negated). {} never opens a sentence: the phrase is lower case wherever it stands, and the
+# (asserted, negated). {} never opens a sentence: the phrase is lower case wherever it stands. The
 # word before it is mostly the same in both, or word pairs would give the answer away.
 FRAMES = [
     ("The patient has {}.", "The patient has no {}."),
@@ -87,9 +92,8 @@ def explain(rng, raising, lowering, label, probability):
 
 def make_row(rng):
     """One note with its label; the caller adds the id."""
-    mentions = []  # (signed weight, phrase)
-    for weight, raising, lowering in rng.sample(PAIRS, 2):
-        mentions += [(weight, rng.choice(raising)), (-weight, rng.choice(lowering))]
+    factors = rng.sample(RISKS, 3) + rng.sample(PROTECTIONS, 1)
+    mentions = [(weight, rng.choice(phrases)) for weight, phrases in factors]
     rng.shuffle(mentions)
 
     # A note that asserts nothing has no evidence, so it is drawn again; so is one that asserts
