@@ -35,8 +35,7 @@ KNOWN = set(  # used below, or of no effect here
     " rms_norm_eps rope_theta rope_scaling rope_parameters architectures _name_or_path dtype"
     " torch_dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id"
     " initializer_range pretraining_tp max_window_layers is_llama_config transformers.js_config"
-    " output_attentions output_hidden_states return_dict id2label label2id problem_type"
-    " chunk_size_feed_forward is_encoder_decoder".split()
+    " id2label label2id".split()
 )
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -70,9 +69,9 @@ class LlamaConfig:
         def refuse(key, value, due):
             raise ValueError(f"{name}: {key} is {value!r}; supported is {due}")
 
-        def number(key, where=raw, kind=(int, float)):
-            if type(where.get(key)) not in kind or not 0 < where[key] < math.inf:
-                refuse(key, where.get(key), f"a number above 0 ({kind[0].__name__})")
+        def number(key, where=raw, kinds=(int, float)):
+            if type(where.get(key)) not in kinds or not 0 < where[key] < math.inf:
+                refuse(key, where.get(key), "a number above 0" if len(kinds) > 1 else "1, 2, ...")
             return where[key]
 
         family, heads = raw.get("model_type"), raw.get("num_attention_heads")
@@ -87,34 +86,29 @@ class LlamaConfig:
             sizes["head_dim"] = number("hidden_size") // number("num_attention_heads")
         names = [key for key, kind in cls.__annotations__.items() if kind is int]
         sizes = {key: number(key, sizes, (int,)) for key in names}
-        if heads % sizes["num_key_value_heads"] or sizes["head_dim"] % 2:
-            refuse("num_key_value_heads, head_dim", (sizes["num_key_value_heads"], sizes["head_dim"]),
-                   f"a divisor of {heads} heads, an even size")
-
+        if heads % sizes["num_key_value_heads"]:
+            refuse("num_key_value_heads", sizes["num_key_value_heads"], f"a divisor of {heads}")
         # Rotary positions: `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters`
         scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind not in ("default", "llama3"):
             refuse("rope_type", kind, "default, llama3")
         llama3 = {key: number(key, scaling) for key in LLAMA3_ROPE} if kind == "llama3" else None
-
         # Mistral's window is on all layers; Qwen2 stores one that it does not use
         mistral, layers = family == "mistral", set(raw.get("layer_types") or ())
         if raw.get("use_sliding_window") or layers - {("full", "sliding")[mistral] + "_attention"}:
             refuse("layer_types", sorted(layers), "full attention, or mistral's sliding_window")
-        if mistral and "sliding_window" not in raw:  # transformers would take 4096: too much to guess
-            refuse("sliding_window", None, "a number or null, not its absence")
+        if mistral and "sliding_window" not in raw:  # transformers would take 4096 here
+            refuse("sliding_window", "absent", "a number or null")
         if unknown := sorted(raw.keys() - KNOWN - FIXED.keys() - set(names)):
             print(f"warning: {name}: unknown keys: {', '.join(unknown)}", file=sys.stderr)
         bias = bool(raw.get("attention_bias"))
         return cls(
-            **sizes, rms_norm_eps=number("rms_norm_eps"),
+            **sizes, rms_norm_eps=number("rms_norm_eps"), rope_scaling=llama3,
             rope_theta=number("rope_theta", {"rope_theta": 10000.0, **raw, **scaling}),
-            rope_scaling=llama3,
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings")), qk_norm=family == "qwen3",
             qkv_bias=bias or family == "qwen2", o_bias=bias and family != "qwen2",
-            qk_norm=family == "qwen3", sliding_window=raw["sliding_window"] if mistral else None,
-        )
+            sliding_window=raw["sliding_window"] if mistral else None)
 
 
 # --- the layers -----------------------------------------------------------------------------------
@@ -125,13 +119,10 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size, eps):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
 def rope_frequencies(config, device=None):
@@ -141,8 +132,8 @@ def rope_frequencies(config, device=None):
     scaling = config.rope_scaling
     if scaling is None:
         return freq
-    # Llama 3.1: long waves are slowed down by `factor`, short ones kept, those between blended
-    # (transformers, modeling_rope_utils.py, _compute_llama3_parameters).
+    # Llama 3.1 slows long waves down by `factor`, keeps short ones, and blends between the two
+    # (transformers, modeling_rope_utils.py, _compute_llama3_parameters)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * freq / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -150,13 +141,11 @@ def rope_frequencies(config, device=None):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions in the split-halves layout that Hugging Face checkpoints are stored for.
+    """Rotary positions in the split-halves layout of Hugging Face's checkpoints.
 
-        x = [ a_0 a_1 ... | b_0 b_1 ... ]   pair i is (a_i, b_i): first half with second half
-        -> [ a cos - b sin | b cos + a sin ]
-    The papers pair neighbours (x_0, x_1); with these weights that gives twenty fluent tokens, then
-    nonsense. x (B, heads, T, E); cos, sin (B or 1, 1, T, E), each half the same angles.
-    """
+        x = [ a_0 a_1 ... | b_0 b_1 ... ]  ->  [ a cos - b sin | b cos + a sin ]
+    Pair i is (a_i, b_i), not neighbours as in the papers: that gives twenty fluent tokens, then
+    nonsense. x (B, heads, T, E); cos, sin (B or 1, 1, T, E), each half the same angles."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
@@ -345,13 +334,10 @@ def load_llama(folder, dtype=torch.bfloat16, device="cpu"):
                         found[key], path_of[key] = file.get_slice(key).get_shape(), path
         except SafetensorError as error:
             raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
-    parameters = {disk_name(name): parameter for name, parameter in llama.named_parameters()}
-    compare_tensors({key: p.shape for key, p in parameters.items()}, found, folder)
+    due = {disk_name(name): parameter.shape for name, parameter in llama.named_parameters()}
+    compare_tensors(due, found, folder)
     llama.to_empty(device=device)
-    parameters = {disk_name(name): parameter for name, parameter in llama.named_parameters()}
-    with torch.no_grad():
-        for path in files:
-            with safe_open(path, "pt") as file:
-                for key in (key for key in path_of if path_of[key] == path):
-                    parameters[key].copy_(file.get_tensor(key))  # one at a time, cast on the way
+    for name, parameter in llama.named_parameters():  # one at a time, cast as it is copied
+        with safe_open(path_of[disk_name(name)], "pt") as file:
+            parameter.data.copy_(file.get_tensor(disk_name(name)))
     return llama.eval()
