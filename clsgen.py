@@ -118,7 +118,7 @@ class CLSGen(nn.Module):
 
 
 def joint_loss(z, y, logits, targets, n_examples, n_tokens, w_cls, w_lm):
-    """(L, BCE, CE) of a micro-batch; z, y (B,); logits (A, V); targets (A,). n_examples and n_tokens
+    """(L, BCE, CE) of a micro-batch: z, y (B,); logits (A, V); targets (A,). n_examples, n_tokens
     count the whole optimizer step, so that micro-batches add up to the gradient of one batch."""
     bce = F.binary_cross_entropy_with_logits(z, y, reduction="sum") / n_examples
     lm = F.cross_entropy(logits.float(), targets, reduction="sum") / max(n_tokens, 1)
@@ -185,7 +185,7 @@ def versions():
 
 
 def pick(dtype, device):
-    """(dtype, device): CUDA if there is one; "auto" is bfloat16 where the processor multiplies it."""
+    """(dtype, device): CUDA if there is one; "auto" is bfloat16 where the processor has it."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if dtype == "auto":
         cpu = torch.cpu.get_capabilities()
@@ -240,8 +240,9 @@ class Run:
         write_tensors(folder / "adapter_model.safetensors", adapter_tensors(self.model))
         write_json(folder / "adapter_config.json", {
             "peft_type": "LORA", "task_type": "SEQ_CLS", "r": rank, "lora_alpha": alpha,
-            "lora_dropout": 0.0, "bias": "none", "target_modules": targets, "inference_mode": True,
-            "modules_to_save": ["classifier", "score"], "base_model_name_or_path": self.meta["base"]})
+            "target_modules": targets, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+            "modules_to_save": ["classifier", "score"],
+            "base_model_name_or_path": self.meta["base"]})
         self.meta |= {"golden": self.golden(), "versions": versions()}
         write_json(folder / "clsgen.json", self.meta)
 
@@ -258,7 +259,7 @@ class Run:
         return scores[1] - scores[0]
 
     def _decode(self, cache, last, prompt_end, choose, forced=()):
-        """Yields each row's next token (B,) until all have stopped; stop ids for those that have."""
+        """Yields each row's next token (B,) until all have stopped; for those, a stop id."""
         stop_ids = torch.tensor(self.prompts.stop_ids, device=self.device)
         done = torch.zeros(len(last), dtype=torch.bool, device=self.device)
         for step in range(self.prompts.max_answer):
@@ -315,7 +316,8 @@ class Run:
             batch = [examples[i] for i in indices]
             records, *tokens = self.run_batch(batch, explain, decide, choose)
             results |= zip(indices, records, strict=True)
-            for record, ids in zip(records, torch.stack(tokens, 1).tolist() if explain else ()):
+            answers = torch.stack(tokens, 1).tolist() if explain else []
+            for record, ids in zip(records, answers, strict=explain):
                 stated, text = self.prompts.parse(self.prompts.decode(ids))
                 record |= {"explanation": text, "stated_label": stated}
                 record["agree"] = stated == record["label"]

@@ -342,8 +342,8 @@ def collate(examples, device="cpu"):
 
 def printable(text):
     """Text with control characters escaped, new line and tab kept: safe to print to a terminal."""
-    keep = "\n\t"
-    return "".join(c if c in keep or unicodedata.category(c)[0] != "C" else ascii(c)[1:-1] for c in text)
+    return "".join(ascii(c)[1:-1] if unicodedata.category(c)[0] == "C" and c not in "\n\t" else c
+                   for c in text)
 
 
 def show(example, prompts):
@@ -390,7 +390,7 @@ def add_prompt_arguments(parser):
     """The flags that make a prompt: the same in every script that encodes rows."""
     add = parser.add_argument
     add("--question", default=QUESTION, help="asked above every text")
-    add("--labels", nargs=2, default=["no", "yes"], metavar=("ZERO", "ONE"), help="words for 0 and 1")
+    add("--labels", nargs=2, default=["no", "yes"], metavar=("ZERO", "ONE"), help="their words")
     add("--format", choices=FRAMES, help="chat frame (default: by the tokenizer's special tokens)")
     add("--max-prompt", type=int, default=1024, help="tokens; the middle of a longer text is cut")
     add("--max-answer", type=int, default=256, help="tokens; a longer answer is an error")

@@ -17,12 +17,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from clsgen import (
-    TARGETS, CLSGen, Run, adapter_tensors, add_lora, base_fingerprint, joint_loss, pick, run_main, versions
-)
-from data import (
-    DataError, Prompts, add_prompt_arguments, collate, encode_rows, printable, read_rows, show, split_valid
-)
+from clsgen import TARGETS, CLSGen, Run, adapter_tensors, add_lora, base_fingerprint, joint_loss
+from clsgen import pick, run_main, versions
+from data import DataError, Prompts, add_prompt_arguments, collate, encode_rows, printable
+from data import read_rows, show, split_valid
 from eval import auroc, best_f1_threshold, calibration_slope, score_metrics, table
 from model import load_llama
 
@@ -51,13 +49,13 @@ def parse(argv=None):
     add("--checkpointing", action="store_true", help="recompute activations: less memory, slower")
     # loss
     add("--cls-weight", type=float, default=1.0, help="of the score head's BCE")
-    add("--lm-weight", type=float, default=1.0, help="of the explanations' cross-entropy")
+    add("--lm-weight", type=float, default=0.2, help="of the explanations' cross-entropy")
     # steps
     add("--epochs", type=float, default=3.0, help="passes over the training rows")
     add("--batch", type=int, default=16, help="rows of one optimizer step")
     add("--micro-batch", type=int, default=4, help="rows of one forward pass")
     add("--lr", type=float, default=1e-3, help="peak learning rate of LoRA")
-    add("--head-lr", type=float, default=3e-3, help="peak learning rate of the score head")
+    add("--head-lr", type=float, default=5e-4, help="peak learning rate of the score head")
     add("--warmup", type=float, default=0.05, help="share of the steps; then linear decay to zero")
     add("--clip", type=float, default=1.0, help="gradient norm, LoRA and head together")
     add("--seed", type=int, default=0, help="of initial values, order and validation split")
@@ -65,7 +63,7 @@ def parse(argv=None):
     add("--out", type=Path, help="run folder (default: runs/ and the name of --data)")
     add("--overwrite", action="store_true", help="replace a run that is there")
     add("--valid-every", type=int, help="validate every so many steps (default: each epoch)")
-    add("--keep-best", action="store_true", help="keep the step of lowest validation BCE, not the last")
+    add("--keep-best", action="store_true", help="keep the step of lowest validation BCE")
     args = parser.parse_args(argv)
     args.out = args.out or Path("runs") / args.data.stem
     return args
@@ -77,8 +75,8 @@ def check_arguments(args):
         ("rank", 1), ("batch", 1), ("micro_batch", 1), ("valid_rows", 1), ("max_prompt", 1),
         ("max_answer", 1), ("seed", 0), ("cls_weight", 0), ("lm_weight", 0), ("warmup", 0),
     ) if not getattr(args, name) >= low]
-    wrong += [f"--{name.replace('_', '-')} {getattr(args, name)} is not above 0"
-              for name in ("alpha", "epochs", "lr", "head_lr", "clip") if not getattr(args, name) > 0]
+    wrong += [f"--{name.replace('_', '-')} {getattr(args, name)} is not above 0" for name in (
+        "alpha", "epochs", "lr", "head_lr", "clip") if not getattr(args, name) > 0]
     if args.cls_weight == args.lm_weight == 0:
         wrong.append("--cls-weight and --lm-weight are both 0: nothing would train")
     if not 0 < args.valid_fraction < 1:
@@ -149,7 +147,8 @@ def validate(model, examples, device, size=16):
         indices = order[start : start + size]
         batch = collate([examples[i] for i in indices], device)
         logit, logits = model(batch)
-        _, *parts = joint_loss(logit, batch.labels, logits, batch.targets, len(examples), n_tokens, 1, 1)
+        _, *parts = joint_loss(logit, batch.labels, logits, batch.targets, len(examples), n_tokens,
+                               1.0, 1.0)
         bce, lm = bce + parts[0].item(), lm + parts[1].item()
         z[indices] = logit.cpu()
     y = [example.label for example in examples]
@@ -221,7 +220,7 @@ def main(argv=None):
     )
     steps = max(1, round(args.epochs * len(train) / args.batch))
     every = args.valid_every or math.ceil(len(train) / args.batch)
-    config = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    config = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
     config |= {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "steps": steps,
                "format": prompts.format, "threads": torch.get_num_threads(), "versions": versions()}
     introduce(config, groups, train, valid, prompts)
@@ -240,7 +239,8 @@ def main(argv=None):
             tokens, seconds = tokens + sum(map(len, examples)), time.perf_counter() - start
             write({"step": step, "bce": bce, "lm": lm, "lr": share * args.lr, "tokens": tokens,
                    "seconds": round(seconds, 2)})
-            bar.set_postfix_str(f"bce {bce:.3f} lm {lm:.3f} {tokens / seconds:.0f} tok/s", refresh=False)
+            rate = f"{tokens / seconds:.0f} tok/s"
+            bar.set_postfix_str(f"bce {bce:.3f} lm {lm:.3f} {rate}", refresh=False)
             bar.update()
             if step % every == 0 or step == steps:
                 measured, z = validate(model, valid, device)
@@ -283,14 +283,14 @@ def finish(args, model, prompts, rows, z, meta):
         p = np.array([record["raw_probability"] for record in run.predict(rows, explain=False)])
         z = np.log(p) - np.log1p(-p)
     temperature, bias, sentence = calibrate(y, z)
-    print(sentence or f"calibrated on {len(y)} rows: temperature {temperature:.3f}, bias {bias:.3f}")
+    print(sentence or f"calibrated: temperature {temperature:.3f}, bias {bias:.3f}")
     p = sigmoid(z / temperature + bias)
     meta["calibration"] = {"temperature": temperature, "bias": bias}
     meta["threshold"] = best_f1_threshold(y, p)
     run.save(args.out)
     columns = {"calibrated": score_metrics(y, p, p >= meta["threshold"]),
                "raw": score_metrics(y, sigmoid(z))}
-    print(f"\n{len(y)} validation rows (calibration and threshold were fitted on them: flattering)\n")
+    print(f"\n{len(y)} validation rows, the ones that calibration and threshold were fitted on:\n")
     print(table(columns, ("auroc", "f1", "log_loss", "ece", "ece_floor")))
     for record in run.predict([rows[i] for i in (0, len(rows) // 2, len(rows) - 1)]):
         stated = {None: "nothing", **dict(enumerate(prompts.labels))}[record["stated_label"]]

@@ -1,4 +1,4 @@
-"""What the tests share: a tiny random model with a tokenizer of its own, and rows for it. No network."""
+"""What the tests share: a tiny random model with a tokenizer of its own, and rows for it."""
 
 import json
 import sys
@@ -15,10 +15,20 @@ sys.path.insert(0, str(ROOT))
 from model import Llama, LlamaConfig, disk_name  # noqa: E402
 
 CONFIG = {
-    "model_type": "llama", "vocab_size": 400, "hidden_size": 32, "intermediate_size": 48,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-    "tie_word_embeddings": True, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+    "model_type": "llama",
+    "vocab_size": 400,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
     "hidden_act": "silu",
 }  # pad is eos, as in SmolLM2: nothing may ever look for a pad id
 
@@ -30,10 +40,15 @@ def write_tokenizer(folder, added=("<|endoftext|>", "<|im_start|>", "<|im_end|>"
     tokenizer.decoder = decoders.ByteLevel()
     tokens = [AddedToken(t, special=t != "<think>", normalized=False) for t in added]
     trainer = trainers.BpeTrainer(
-        vocab_size=396, special_tokens=tokens, show_progress=False,
+        vocab_size=396,
+        special_tokens=tokens,
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    corpus = ["Yes. No. Because the risk is high, the patient died.", "Will the patient die? text"] * 9
+    corpus = [
+        "Yes. No. Because the risk is high, the patient died.",
+        "Will the patient die? text",
+    ] * 9
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
 
@@ -71,7 +86,9 @@ def rows():
         text = f"case {i}: the result is {'bad' if bad else 'good'} and the day was {i % 3} long"
         row = {"id": f"r{i}", "text": text, "label": int(bad), "group": f"g{i // 2}"}
         if i % 4:
-            row["explanation"] = "It is bad." if bad else "The result is good, so the risk is not high."
+            row["explanation"] = (
+                "It is bad." if bad else "The result is good, so the risk is not high."
+            )
         rows.append(row)
     return rows
 

@@ -12,7 +12,16 @@ from conftest import ROOT, write_model, write_tokenizer
 from safetensors.torch import load_file, save_file
 
 from clsgen import (
-    TARGETS, CLSGen, Run, add_lora, base_fingerprint, joint_loss, load_run, main, merge, sampler,
+    TARGETS,
+    CLSGen,
+    Run,
+    add_lora,
+    base_fingerprint,
+    joint_loss,
+    load_run,
+    main,
+    merge,
+    sampler,
     write_atomically,
 )
 from data import Example, Prompts, collate, encode_rows, printable
@@ -33,9 +42,14 @@ def make(folder, seed=0, b=0.2, dtype=torch.float32):
 def make_run(folder, out, scorer="head", **settings):
     model, prompts = make(folder), Prompts(folder, max_answer=12, **settings)
     meta = {
-        "base": str(folder), "base_fingerprint": base_fingerprint(folder), "scorer": scorer,
-        "prompts": prompts.settings(), "lora": {"rank": 4, "alpha": 8.0, "targets": list(TARGETS)},
-        "calibration": {"temperature": 2.0, "bias": 0.5}, "threshold": 0.6, "base_rate": 0.4,
+        "base": str(folder),
+        "base_fingerprint": base_fingerprint(folder),
+        "scorer": scorer,
+        "prompts": prompts.settings(),
+        "lora": {"rank": 4, "alpha": 8.0, "targets": list(TARGETS)},
+        "calibration": {"temperature": 2.0, "bias": 0.5},
+        "threshold": 0.6,
+        "base_rate": 0.4,
     }
     out.mkdir()
     run = Run(model, prompts, meta)
@@ -66,7 +80,9 @@ def test_lora_equals_peft(tiny, targets):
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    theirs = get_peft_model(base, LoraConfig(r=4, lora_alpha=12, target_modules=list(targets))).eval()
+    theirs = get_peft_model(
+        base, LoraConfig(r=4, lora_alpha=12, target_modules=list(targets))
+    ).eval()
     ours = add_lora(load_llama(tiny, torch.float32), 4, 12, targets)
     with torch.no_grad():
         names = dict(ours.named_parameters())
@@ -99,7 +115,9 @@ def test_a_step_moves_lora_and_head_and_leaves_the_base(tiny, rows):
     model = CLSGen(add_lora(load_llama(tiny, torch.float32), 4, 8))
     groups = model.parameter_groups()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW([p for k in ("lora", "head") for p in groups[k].values()], lr=0.01)
+    optimizer = torch.optim.AdamW(
+        [p for k in ("lora", "head") for p in groups[k].values()], lr=0.01
+    )
     batch = collate(encode_rows(rows[:4], Prompts(tiny), answers=False))  # the score head only
     for _ in range(2):
         optimizer.zero_grad()
@@ -146,7 +164,9 @@ def test_joint_loss_is_the_two_means(tiny):
 def test_no_answers_is_zero_and_not_nan(tiny):
     """Fails if the LM loss of a window without answers is 0 / 0, or its graph is cut off."""
     z = torch.randn(2, requires_grad=True)
-    loss, _, lm = joint_loss(z, torch.ones(2), torch.zeros(0, 9), torch.zeros(0).long(), 2, 0, 0.0, 1.0)
+    loss, _, lm = joint_loss(
+        z, torch.ones(2), torch.zeros(0, 9), torch.zeros(0).long(), 2, 0, 0.0, 1.0
+    )
     loss.backward()
     assert lm == 0 and loss == 0 and torch.equal(z.grad, torch.zeros(2))
 
@@ -160,8 +180,13 @@ def test_the_logit_does_not_see_the_answer(tiny, rows):
     model, prompts = make(tiny), Prompts(tiny)
     examples = encode_rows(rows[1:4], prompts)
     z, _ = model(collate(examples))
-    others = [Example(e.id, e.prompt, [7 + i] * len(e.answer), 1 - e.label, 0) for i, e in enumerate(examples)]
-    assert torch.equal(model(collate(others))[0], z)  # other tokens, other label, same length: same bits
+    others = [
+        Example(e.id, e.prompt, [7 + i] * len(e.answer), 1 - e.label, 0)
+        for i, e in enumerate(examples)
+    ]
+    assert torch.equal(
+        model(collate(others))[0], z
+    )  # other tokens, other label, same length: same bits
     bare = [Example(e.id, e.prompt, [], e.label, 0) for e in examples]
     torch.testing.assert_close(model(collate(bare))[0], z, atol=1e-5, rtol=0)
     for i, example in enumerate(examples):  # other batch mates, other padding
@@ -170,7 +195,7 @@ def test_the_logit_does_not_see_the_answer(tiny, rows):
 
 @torch.no_grad()
 def test_pad_equal_to_eos_or_in_the_text_changes_nothing(tiny):
-    """Fails if positions are found by looking for a pad id: here prompts hold every id, 0 and 2 too."""
+    """Fails if positions are found by looking for a pad id: here prompts hold 0 and 2 too."""
     model = make(tiny)
     a, b = Example(1, [5, 0, 2, 0], [2], 1, 0), Example(2, [0, 0, 2, 5, 9, 2, 0, 0], [], 0, 0)
     z, _ = model(collate([a, b]))
@@ -202,12 +227,14 @@ def log_probability(run, prompt, answer):
 
 
 def test_label_token_score_is_the_whole_strings_probability(tiny, rows, run):
-    """Fails if only the first token counts, or the second word is scored from the first one's cache."""
+    """Fails if only the first token counts, or one word is scored from the other's cache."""
     for record, row in zip(run.predict(rows[:5], batch_size=3), rows, strict=False):
         prompt, _ = run.prompts.prompt(row["text"])
         no, yes = (log_probability(run, prompt, ids) for ids in run.prompts.label_ids)
         assert len(run.prompts.label_ids[1]) > 1
-        assert record["label_token_probability"] == pytest.approx((yes - no).sigmoid().item(), abs=1e-5)
+        assert record["label_token_probability"] == pytest.approx(
+            (yes - no).sigmoid().item(), abs=1e-5
+        )
 
 
 def test_an_lm_only_run_takes_the_label_token_as_its_score(tiny, rows, tmp_path):
@@ -245,8 +272,8 @@ def test_decide_head_makes_the_text_state_the_decision(rows, run, threshold):
 
 
 def test_sampling_keeps_to_the_nucleus():
-    """Fails if top-p keeps tokens beyond the mass, drops the one that crosses it, or the temperature
-    is not a divisor."""
+    """Fails if top-p keeps tokens beyond the mass, drops the one that crosses it, or if the
+    temperature is not a divisor."""
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 1)
     counts = sampler(1.0, 0.6, seed=0)(logits).bincount(minlength=4) / 4000
     torch.testing.assert_close(counts, torch.tensor([0.625, 0.375, 0, 0]), atol=0.03, rtol=0)
@@ -283,7 +310,9 @@ def test_peft_opens_a_run_with_the_same_logit_and_the_same_text(tiny, rows, run,
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    base = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1, dtype=torch.float32)
+    base = AutoModelForSequenceClassification.from_pretrained(
+        tiny, num_labels=1, dtype=torch.float32
+    )
     classifier = PeftModel.from_pretrained(base, tmp_path / "run").eval()
     lm = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     lm = PeftModel.from_pretrained(lm, tmp_path / "run").eval()
@@ -320,10 +349,16 @@ def break_run(how, base, folder, tmp_path):
     return base
 
 
-@pytest.mark.parametrize("how, words", [
-    ("head", "fixed sentence"), ("base weights", "fixed sentence"), ("base config", "not the base model"),
-    ("missing", "missing base_model.model.score.weight"), ("truncated", "adapter_model.safetensors"),
-])
+@pytest.mark.parametrize(
+    "how, words",
+    [
+        ("head", "fixed sentence"),
+        ("base weights", "fixed sentence"),
+        ("base config", "not the base model"),
+        ("missing", "missing base_model.model.score.weight"),
+        ("truncated", "adapter_model.safetensors"),
+    ],
+)
 def test_a_run_that_does_not_fit_is_refused(tiny, run, tmp_path, how, words):
     """Fails if a wrong base, a random head or a cut file gives predictions all the same."""
     base = break_run(how, tiny, tmp_path / "run", tmp_path)
@@ -333,7 +368,7 @@ def test_a_run_that_does_not_fit_is_refused(tiny, run, tmp_path, how, words):
 
 @pytest.mark.parametrize("shard_bytes", [5 * 10**9, 40_000])
 def test_a_merged_folder_is_the_same_model(rows, run, tmp_path, shard_bytes):
-    """Fails if merging misses a projection, scales by alpha alone, loses the head, or merges twice."""
+    """Fails if merging misses a projection, scales by alpha alone, or loses the head."""
     from transformers import AutoModelForCausalLM
 
     due = run.predict(rows[:4])
@@ -343,7 +378,8 @@ def test_a_merged_folder_is_the_same_model(rows, run, tmp_path, shard_bytes):
         assert theirs["raw_probability"] == pytest.approx(ours["raw_probability"], abs=1e-5)
         assert theirs["explanation"] == ours["explanation"]
     theirs, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "merged", output_loading_info=True, dtype=torch.float32)
+        tmp_path / "merged", output_loading_info=True, dtype=torch.float32
+    )
     assert not any(info.values())
     ids = torch.arange(3, 30)[None]
     with torch.no_grad():
@@ -396,7 +432,15 @@ def test_one_text_on_the_command_line(run, tmp_path, capsys):
 def test_a_file_of_predictions(rows_file, rows, run, tmp_path):
     """Fails if rows come out in another order, twice or not at all, or a file is overwritten."""
     out = tmp_path / "p.jsonl"
-    arguments = ["--run", str(tmp_path / "run"), "--data", str(rows_file), "--out", str(out), "--no-explain"]
+    arguments = [
+        "--run",
+        str(tmp_path / "run"),
+        "--data",
+        str(rows_file),
+        "--out",
+        str(out),
+        "--no-explain",
+    ]
     main([*arguments, "--batch", "3"])
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["id"] for line in lines] == [row["id"] for row in rows]
@@ -405,10 +449,16 @@ def test_a_file_of_predictions(rows_file, rows, run, tmp_path):
     main([*arguments, "--overwrite"])
 
 
-@pytest.mark.parametrize("arguments, words", [
-    ([], "--text or --data"), (["--data", "x"], "--out is missing"), (["merge"], "--out is missing"),
-    (["--text", "a", "--top-p", "0", "--batch", "0"], "--batch 0"), (["--text", "a"], "nowhere"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "--text or --data"),
+        (["--data", "x"], "--out is missing"),
+        (["merge"], "--out is missing"),
+        (["--text", "a", "--top-p", "0", "--batch", "0"], "--batch 0"),
+        (["--text", "a"], "nowhere"),
+    ],
+)
 def test_a_wrong_call_is_one_sentence_and_exit_code_2(arguments, words):
     """Fails if a user's mistake ends in a traceback, or in exit code 0 or 1."""
     command = [sys.executable, str(ROOT / "clsgen.py"), *arguments, "--run", "nowhere"]

@@ -9,14 +9,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import (
-    SYSTEM, DataError, Example, Prompts, collate, encode_rows, main, printable, read_rows, show, split_valid
+    SYSTEM,
+    DataError,
+    Example,
+    Prompts,
+    collate,
+    encode_rows,
+    main,
+    printable,
+    read_rows,
+    show,
+    split_valid,
 )
 
 GOOD = {"text": "a text", "label": 1}
 
 
 def write(path, *lines):
-    path.write_bytes(b"\n".join(x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines))
+    path.write_bytes(
+        b"\n".join(x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines)
+    )
     return path
 
 
@@ -24,20 +36,33 @@ def test_rows_are_read_with_bom_and_crlf_and_without_unknown_fields(tmp_path):
     """Fails if a BOM or CRLF breaks a line, true is not 1, an id is not the line number, or a blank
     explanation counts as one."""
     path = tmp_path / "x.jsonl"
-    lines = [json.dumps({**GOOD, "other": 1}), json.dumps({"text": "b", "label": False, "explanation": " "})]
+    lines = [
+        json.dumps({**GOOD, "other": 1}),
+        json.dumps({"text": "b", "label": False, "explanation": " "}),
+    ]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n")
     assert read_rows(path) == [{**GOOD, "id": 1}, {"text": "b", "label": 0, "id": 2}]
 
 
 BAD_LINES = {
-    "not JSON": b"{", "not a JSON object": [1], "no text": {"label": 1}, "no label": {"text": "a"},
-    "due is text that is not blank": {"text": " \n", "label": 1}, "label is 2": {**GOOD, "label": 2},
-    'label is "1"': {**GOOD, "label": "1"}, "label is 1.0": {**GOOD, "label": 1.0},
-    "not UTF-8": b'{"text": "\xff", "label": 1}', "NaN": b'{"text": "a", "label": 1, "probability": NaN}',
-    "probability is 2": {**GOOD, "probability": 2}, "probability is true": {**GOOD, "probability": True},
-    "evidence is": {**GOOD, "evidence": "risk"}, "group is 3": {**GOOD, "group": 3},
-    "id is 1.5": {**GOOD, "id": 1.5}, "explanation is 5": {**GOOD, "explanation": 5},
-    "text is": b'{"text": "\\ud800", "label": 1}', "nested": b"[" * 100000,
+    "not JSON": b"{",
+    "not a JSON object": [1],
+    "no text": {"label": 1},
+    "no label": {"text": "a"},
+    "due is text that is not blank": {"text": " \n", "label": 1},
+    "label is 2": {**GOOD, "label": 2},
+    'label is "1"': {**GOOD, "label": "1"},
+    "label is 1.0": {**GOOD, "label": 1.0},
+    "not UTF-8": b'{"text": "\xff", "label": 1}',
+    "NaN": b'{"text": "a", "label": 1, "probability": NaN}',
+    "probability is 2": {**GOOD, "probability": 2},
+    "probability is true": {**GOOD, "probability": True},
+    "evidence is": {**GOOD, "evidence": "risk"},
+    "group is 3": {**GOOD, "group": 3},
+    "id is 1.5": {**GOOD, "id": 1.5},
+    "explanation is 5": {**GOOD, "explanation": 5},
+    "text is": b'{"text": "\\ud800", "label": 1}',
+    "nested": b"[" * 100000,
     "id 'x' stands in line 1 already": {**GOOD, "id": "x"},
 }
 
@@ -61,13 +86,15 @@ def test_ten_problems_are_shown_and_the_rest_counted(tmp_path):
 
 
 def test_files_that_are_wrong_as_a_whole(tmp_path):
-    """Fails if an empty file, one class or a missing file is not said so; prediction needs no label."""
+    """Fails if an empty file, one class or a missing file is not said so."""
     for words, lines in {"empty": [], "every label is 1": [GOOD, GOOD]}.items():
         with pytest.raises(DataError, match=words):
             read_rows(write(tmp_path / "x.jsonl", *lines))
     with pytest.raises(DataError, match="nowhere"):
         read_rows(tmp_path / "nowhere")
-    assert read_rows(write(tmp_path / "x.jsonl", {"text": "a"}), labels=False) == [{"text": "a", "id": 1}]
+    assert read_rows(write(tmp_path / "x.jsonl", {"text": "a"}), labels=False) == [
+        {"text": "a", "id": 1}
+    ]
 
 
 def test_validation_takes_whole_groups(rows):
@@ -75,7 +102,9 @@ def test_validation_takes_whole_groups(rows):
     train, valid = split_valid(rows, 0.25, seed=0)
     assert len(train) + len(valid) == len(rows) and 10 <= len(valid) <= 12
     assert not {row["group"] for row in train} & {row["group"] for row in valid}
-    assert valid != split_valid(rows, 0.25, seed=1)[1] and valid == split_valid(rows, 0.25, seed=0)[1]
+    assert (
+        valid != split_valid(rows, 0.25, seed=1)[1] and valid == split_valid(rows, 0.25, seed=0)[1]
+    )
     with pytest.raises(DataError, match="one class"):
         split_valid(rows[6:10], 0.001, seed=0)
 
@@ -92,7 +121,9 @@ def test_the_frame_is_the_tokenizers_own_chat_template(tiny):
     """Fails if a newline, a special token or a piece boundary differs from chatml."""
     from transformers import PreTrainedTokenizerFast
 
-    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tiny / "tokenizer.json"), chat_template=CHATML)
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_file=str(tiny / "tokenizer.json"), chat_template=CHATML
+    )
     prompts = Prompts(tiny, question="Will it?")
     for text in ("the day was long", "\n\n two lines\n", "é 中 12"):
         user = {"role": "user", "content": f"Will it?\n\n{text}"}
@@ -111,12 +142,16 @@ def test_a_text_never_acts_as_markup(tiny, data):
     """Fails if a text is encoded by the tokenizer that knows the added tokens, or one with
     `encode_special_tokens`, which lets <think> through."""
     prompts = Prompts(tiny)
-    pieces = st.sampled_from(["<|im_end|>", "<|im_start|>", "<think>", "<|endoftext|>", "a", "\n", " "])
+    pieces = st.sampled_from(
+        ["<|im_end|>", "<|im_start|>", "<think>", "<|endoftext|>", "a", "\n", " "]
+    )
     text = "".join(data.draw(st.lists(pieces | st.text(max_size=3), min_size=1, max_size=8)))
     frame = [i for i in prompts.prompt("a")[0] if i in special_ids(prompts)]
     assert [i for i in prompts.prompt(text)[0] if i in special_ids(prompts)] == frame
     answer = prompts.answer(1, text)
-    assert [i for i in answer if i in special_ids(prompts)] == [prompts.tokenizer.token_to_id("<|im_end|>")]
+    assert [i for i in answer if i in special_ids(prompts)] == [
+        prompts.tokenizer.token_to_id("<|im_end|>")
+    ]
 
 
 def test_a_long_text_loses_its_middle_and_nothing_else(tiny):
@@ -163,11 +198,20 @@ def test_plain_and_unknown_frames(tmp_path):
         Prompts(tmp_path)
 
 
-@pytest.mark.parametrize("answer, due", [
-    ("Yes. It is.", (1, "It is.")), ("no: none", (0, "none")), (" YES", (1, "")), ("No , but", (0, "but")),
-    ("Not sure.", (None, "Not sure.")), ("Yesterday it", (None, "Yesterday it")), ("", (None, "")),
-    ("I say yes.", (None, "I say yes.")), ("No doubt. Yes.", (None, "No doubt. Yes.")),
-])
+@pytest.mark.parametrize(
+    "answer, due",
+    [
+        ("Yes. It is.", (1, "It is.")),
+        ("no: none", (0, "none")),
+        (" YES", (1, "")),
+        ("No , but", (0, "but")),
+        ("Not sure.", (None, "Not sure.")),
+        ("Yesterday it", (None, "Yesterday it")),
+        ("", (None, "")),
+        ("I say yes.", (None, "I say yes.")),
+        ("No doubt. Yes.", (None, "No doubt. Yes.")),
+    ],
+)
 def test_the_label_that_an_answer_states(tiny, answer, due):
     """Fails if a word anywhere, or one that only begins like a label, counts as a statement."""
     assert Prompts(tiny).parse(answer) == due
@@ -176,21 +220,28 @@ def test_the_label_that_an_answer_states(tiny, answer, due):
 def test_the_longer_label_word_is_tried_first(tiny):
     """Fails if "not likely" is read as the label "not"."""
     prompts = Prompts(tiny, labels=("likely", "likely, not"))
-    assert prompts.parse("Likely, not. Why?") == (1, "Why?") and prompts.parse("likely. x") == (0, "x")
+    assert prompts.parse("Likely, not. Why?") == (1, "Why?") and prompts.parse("likely. x") == (
+        0,
+        "x",
+    )
 
 
 # --- batches --------------------------------------------------------------------------------------
 
 
 def test_exactly_the_answers_are_supervised(tiny, rows):
-    """Fails if the prompt's last token, a pad, or a row without explanation is supervised, if the end
-    of turn is not, or if a target is off by one."""
+    """Fails if the prompt's last token, a pad, or a row without explanation is supervised, if the
+    end of turn is not, or if a target is off by one."""
     prompts = Prompts(tiny)
     examples = encode_rows(rows[:5], prompts)
     batch = collate(examples)
     supervised = {}
-    for row, position, target in zip(batch.answer_rows.tolist(), batch.answer_positions.tolist(),
-                                     batch.targets.tolist(), strict=True):
+    for row, position, target in zip(
+        batch.answer_rows.tolist(),
+        batch.answer_positions.tolist(),
+        batch.targets.tolist(),
+        strict=True,
+    ):
         assert batch.input_ids[row, position + 1] == target
         supervised.setdefault(row, {})[position + 1] = target
     assert set(supervised) == {1, 2, 3}  # rows 0 and 4 have no explanation
@@ -226,5 +277,8 @@ def test_check_counts(tiny, rows, rows_file, capsys):
     assert f"{len(rows)}: {positives} Yes ({positives / len(rows):.1%})" in out
     assert "30; 10 rows without one" in out and "20; 0 rows" in out and "0 rows repeat" in out
     lengths = [len(Prompts(tiny).prompt(row["text"])[0]) for row in rows]
-    assert f"{sum(n > 140 for n in lengths)} texts lose {sum(np.maximum(np.array(lengths) - 140, 0))}" in out
+    assert (
+        f"{sum(n > 140 for n in lengths)} texts lose {sum(np.maximum(np.array(lengths) - 140, 0))}"
+        in out
+    )
     assert "prompt end" in out and "supervised tokens" in out

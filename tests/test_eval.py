@@ -37,8 +37,12 @@ def test_equal_to_scikit_learn():
     for case, (y, p) in enumerate(random_cases(2001)):
         yhat = (p >= 0.5).astype(int)
         ours = [ev.auroc(y, p), ev.average_precision(y, p), ev.brier(y, p), ev.log_loss(y, p)]
-        theirs = [sk.roc_auc_score(y, p), sk.average_precision_score(y, p),
-                  sk.brier_score_loss(y, p), sk.log_loss(y, p)]
+        theirs = [
+            sk.roc_auc_score(y, p),
+            sk.average_precision_score(y, p),
+            sk.brier_score_loss(y, p),
+            sk.log_loss(y, p),
+        ]
         if case % 4 == 0:  # slow in scikit-learn
             ours += [ev.f1_score(y, yhat), ev.cohen_kappa(y, yhat)]
             theirs += [sk.f1_score(y, yhat), sk.cohen_kappa_score(y, yhat)]
@@ -110,8 +114,9 @@ def test_corp_against_isotonic_regression():
         recalibrated = IsotonicRegression().fit(ranks, y).predict(ranks)
         score, base = np.mean((recalibrated - y) ** 2), np.mean((y.mean() - y) ** 2)
         expected = [ev.brier(y, p) - score, base - score, base]
-        np.testing.assert_allclose([miscalibration, discrimination, uncertainty], expected,
-                                   atol=1e-12)
+        np.testing.assert_allclose(
+            [miscalibration, discrimination, uncertainty], expected, atol=1e-12
+        )
         assert miscalibration - discrimination + uncertainty == pytest.approx(ev.brier(y, p))
 
 
@@ -180,16 +185,26 @@ def test_calibration_slope_of_separable_rows(y, p):
 ])  # fmt: skip
 def test_bad_input_is_refused(y, p, reason):
     """Fails if one of the checks goes."""
-    for metric in (ev.auroc, ev.average_precision, ev.best_f1_threshold, ev.brier, ev.log_loss,
-                   ev.ece, ev.corp, ev.calibration_slope):
+    for metric in (
+        ev.auroc,
+        ev.average_precision,
+        ev.best_f1_threshold,
+        ev.brier,
+        ev.log_loss,
+        ev.ece,
+        ev.corp,
+        ev.calibration_slope,
+    ):
         with pytest.raises(ValueError, match=reason):
             metric(np.array(y), np.array(p))
 
 
 def test_one_class_only_where_undefined():
     """Fails if a metric of one class returns NaN or 0, or if one that is defined refuses it."""
-    for label, undefined in ((0, (ev.auroc, ev.average_precision, ev.best_f1_threshold)),
-                             (1, (ev.auroc,))):
+    for label, undefined in (
+        (0, (ev.auroc, ev.average_precision, ev.best_f1_threshold)),
+        (1, (ev.auroc,)),
+    ):
         for metric in (*undefined, ev.calibration_slope):
             with pytest.raises(ValueError, match=f"no row of class {1 - label}"):
                 metric([label] * 3, [0.1, 0.2, 0.3])
@@ -212,8 +227,10 @@ def test_bootstrap_draws_whole_groups():
     groups = [f"g{i}" for i in rng.integers(0, 8, 60)] + [None, None]
     y, marks = rng.integers(0, 2, 62), np.arange(62) / 62
     y[:2] = 0, 1
-    members = {key: {i for i, g in enumerate(groups) if (g or i) == key}
-               for key in (g or i for i, g in enumerate(groups))}
+    members = {
+        key: {i for i, g in enumerate(groups) if (g or i) == key}
+        for key in (g or i for i, g in enumerate(groups))
+    }
     seen = []
 
     def metric(y, p):
@@ -270,8 +287,12 @@ def test_repetition_by_hand():
 def test_evidence_by_hand():
     """Fails if case counts, if "age" is found in "dosage", if precision looks only at the row's own
     evidence, or if a row without the field counts."""
-    rows = [{"evidence": ["Heart failure", "family support"]}, {"evidence": ["age", " "]},
-            {"evidence": []}, {}]
+    rows = [
+        {"evidence": ["Heart failure", "family support"]},
+        {"evidence": ["age", " "]},
+        {"evidence": []},
+        {},
+    ]
     texts = ["HEART failure, and sepsis.", "The dosage.", "Sepsis", "heart failure"]
     file_rows = [*rows, {"evidence": ["sepsis"]}]
     # recall: 1 of 2, 0 of 1; precision: 1 of 2, (none cited), 0 of 1
@@ -287,13 +308,33 @@ def fabricate(n=60, seed=0, **changes):
         true_p = float(rng.random())
         p = float(np.clip(true_p + rng.normal(0, 0.1), 0.001, 0.999))
         stated = (1, 0, None)[0 if i % 6 == 5 else 1] if i % 10 else None
-        rows.append({"id": f"r{i}", "text": "t", "label": int(rng.random() < true_p),
-                     "group": f"g{i // 2}", "probability": true_p, "evidence": ["chest pain"]})
-        predictions.append({
-            "id": f"r{i}", "probability": p, "raw_probability": p**2, "label": int(p >= 0.3),
-            "label_token_probability": 1 - p, "threshold": 0.3, "explanation": f"Chest pain {i}.",
-            "stated_label": stated, "agree": stated == int(p >= 0.3), "tokens_cut": 2 * (i == 3),
-            "run": "abc", "true_label": rows[-1]["label"], **changes})
+        rows.append(
+            {
+                "id": f"r{i}",
+                "text": "t",
+                "label": int(rng.random() < true_p),
+                "group": f"g{i // 2}",
+                "probability": true_p,
+                "evidence": ["chest pain"],
+            }
+        )
+        predictions.append(
+            {
+                "id": f"r{i}",
+                "probability": p,
+                "raw_probability": p**2,
+                "label": int(p >= 0.3),
+                "label_token_probability": 1 - p,
+                "threshold": 0.3,
+                "explanation": f"Chest pain {i}.",
+                "stated_label": stated,
+                "agree": stated == int(p >= 0.3),
+                "tokens_cut": 2 * (i == 3),
+                "run": "abc",
+                "true_label": rows[-1]["label"],
+                **changes,
+            }
+        )
     return rows, predictions
 
 
@@ -337,8 +378,19 @@ def test_evaluate_without_texts_groups_or_true_p():
     rows, predictions = fabricate(12, explanation=None, stated_label=None, agree=None)
     rows = [{key: row[key] for key in ("id", "text", "label")} for row in rows]
     result = ev.evaluate(rows, predictions, draws=20)
-    for key in ("true_p_error", "bayes_auroc", "parsable", "auroc_alignment", "kappa", "kappa_all",
-                "evidence_recall", "evidence_precision", "empty", "distinct_2", "rep_4"):
+    for key in (
+        "true_p_error",
+        "bayes_auroc",
+        "parsable",
+        "auroc_alignment",
+        "kappa",
+        "kappa_all",
+        "evidence_recall",
+        "evidence_precision",
+        "empty",
+        "distinct_2",
+        "rep_4",
+    ):
         assert result[key] is None, key
     assert result["groups"] == 12 and "12 groups" in result["warnings"][0]
     with pytest.raises(ValueError, match="same ids"):

@@ -16,16 +16,22 @@ def commands():
     """Every `python x.py ...` in a code block, lines that end in a backslash joined."""
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     text = "\n".join(blocks).replace("\\\n", " ")
-    return [shlex.split(part, comments=True) for line in text.splitlines()
-            for part in re.split(r"&&|;", line) if part.strip().startswith("python ")]
+    return [
+        shlex.split(part, comments=True)
+        for line in text.splitlines()
+        for part in re.split(r"&&|;", line)
+        if part.strip().startswith("python ")
+    ]
 
 
 @pytest.mark.parametrize("script", sorted({c[1] for c in commands() if c[1].endswith(".py")}))
 def test_the_flags_of_the_commands_exist(script):
     """Fails if a flag in the README is renamed or gone in the script."""
+
     def ask(*command):
-        done = subprocess.run([sys.executable, ROOT / script, *command, "--help"],
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, ROOT / script, *command, "--help"], capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -44,7 +50,7 @@ def test_the_files_it_names_exist():
 
 @pytest.mark.parametrize("name", CEILINGS)
 def test_the_scripts_stay_short(name):
-    """Fails if a script outgrows what a person reads in one sitting, or hides its length in width."""
+    """Fails if a script outgrows what a person reads in one sitting, or hides it in width."""
     lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
     assert len(lines) <= CEILINGS[name], f"{len(lines)} lines"
     assert max(map(len, lines)) <= 100

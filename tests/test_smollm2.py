@@ -22,16 +22,31 @@ from tokenizers import Tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "examples" / "smollm2.py"
 PUBLISHED_SPECIALS = [
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<reponame>", "<file_sep>",
-    "<filename>", "<gh_stars>", "<issue_start>", "<issue_comment>", "<issue_closed>",
-    "<jupyter_start>", "<jupyter_text>", "<jupyter_code>", "<jupyter_output>", "<jupyter_script>",
-    "<empty_output>"]
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<repo_name>",
+    "<reponame>",
+    "<file_sep>",
+    "<filename>",
+    "<gh_stars>",
+    "<issue_start>",
+    "<issue_comment>",
+    "<issue_closed>",
+    "<jupyter_start>",
+    "<jupyter_text>",
+    "<jupyter_code>",
+    "<jupyter_output>",
+    "<jupyter_script>",
+    "<empty_output>",
+]
 TEXTS = [
     "Once upon a time",
     "  Leading spaces,\ttabs\n\n\nand lines; it's the patient's, they'll say.\r\n",
     "Grüße, naïve café: Ελληνικά, русский, العربية, 中文, 日本語, हिन्दी.",
     "emoji 👩🏽‍⚕️ and a flag 🇨🇭, combining e\u0301, zero\u200bwidth, nbsp\u00a0here",
-    "def f(x): return {'a': x**y} != [None]  # <b>&amp;</b>"]
+    "def f(x): return {'a': x**y} != [None]  # <b>&amp;</b>",
+]
 
 spec = importlib.util.spec_from_file_location("smollm2", SCRIPT)
 smollm2 = importlib.util.module_from_spec(spec)
@@ -40,8 +55,9 @@ spec.loader.exec_module(smollm2)
 
 def run_script(*args, **env):
     command = [sys.executable, str(SCRIPT), *map(str, args)]
-    return subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT,
-                          env=os.environ | env)
+    return subprocess.run(
+        command, check=False, capture_output=True, text=True, cwd=ROOT, env=os.environ | env
+    )
 
 
 def assert_refused(done, out, *words):
@@ -135,12 +151,20 @@ def test_tensor_names_and_shapes(folder):
     hidden, kv, inner = (576,), (192,), (1536,)
     expected = {"model.embed_tokens.weight": (49152, 576), "model.norm.weight": hidden}
     for layer in range(30):
-        expected |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in {
-            "input_layernorm": hidden, "post_attention_layernorm": hidden,
-            "self_attn.q_proj": hidden + hidden, "self_attn.k_proj": kv + hidden,
-            "self_attn.v_proj": kv + hidden, "self_attn.o_proj": hidden + hidden,
-            "mlp.gate_proj": inner + hidden, "mlp.up_proj": inner + hidden,
-            "mlp.down_proj": hidden + inner}.items()}
+        expected |= {
+            f"model.layers.{layer}.{name}.weight": shape
+            for name, shape in {
+                "input_layernorm": hidden,
+                "post_attention_layernorm": hidden,
+                "self_attn.q_proj": hidden + hidden,
+                "self_attn.k_proj": kv + hidden,
+                "self_attn.v_proj": kv + hidden,
+                "self_attn.o_proj": hidden + hidden,
+                "mlp.gate_proj": inner + hidden,
+                "mlp.up_proj": inner + hidden,
+                "mlp.down_proj": hidden + inner,
+            }.items()
+        }
     with safe_open(folder / "model.safetensors", "pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         assert {name: tuple(part.get_shape()) for name, part in slices.items()} == expected
@@ -154,12 +178,24 @@ def test_config(folder):
     config = json.loads((folder / "config.json").read_text())
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     expected = ids | {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
-        "vocab_size": 49152, "max_position_embeddings": 8192, "hidden_size": 576,
-        "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
-        "num_key_value_heads": 3, "hidden_act": "silu", "rms_norm_eps": 1e-05,
-        "rope_theta": 100000.0, "rope_scaling": None, "attention_bias": False, "mlp_bias": False,
-        "tie_word_embeddings": True}
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 100000.0,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+    }
     assert config == expected
     assert json.loads((folder / "generation_config.json").read_text()) == ids
 
@@ -176,8 +212,9 @@ def test_logits_equal_transformers_gguf(folder, gguf_folder):
         for parameter in theirs.parameters():
             parameter.copy_(parameter.to(torch.bfloat16))
         for prompt in prompts:
-            torch.testing.assert_close(ours(prompt).logits, theirs(prompt).logits,
-                                       atol=1e-4, rtol=0)
+            torch.testing.assert_close(
+                ours(prompt).logits, theirs(prompt).logits, atol=1e-4, rtol=0
+            )
 
 
 def test_model_knows_a_fact(folder, tokenizer):
@@ -200,12 +237,16 @@ def test_tokens_equal_transformers_gguf(tokenizer, gguf_folder):
         assert tokenizer.encode(text).ids == expected, text
 
 
-@pytest.mark.parametrize("text, tokens", [
-    ("12 mg", ["1", "2", "Ġmg"]),
-    ("at 2024", ["Ġat"[1:], "Ġ", "2", "0", "2", "4"]),
-    # A digit ends the piece before it, so white space before a digit stays in one token.
-    ("a  12", ["a", "ĠĠ", "1", "2"]),
-    ("a\n\n12", ["a", "ĊĊ", "1", "2"])])
+@pytest.mark.parametrize(
+    "text, tokens",
+    [
+        ("12 mg", ["1", "2", "Ġmg"]),
+        ("at 2024", ["Ġat"[1:], "Ġ", "2", "0", "2", "4"]),
+        # A digit ends the piece before it, so white space before a digit stays in one token.
+        ("a  12", ["a", "ĠĠ", "1", "2"]),
+        ("a\n\n12", ["a", "ĊĊ", "1", "2"]),
+    ],
+)
 def test_digits(tokenizer, text, tokens):
     """Fails if the digit split is left out of the pre-tokenizer, or comes after ByteLevel."""
     assert tokenizer.encode(text).tokens == tokens
@@ -240,8 +281,10 @@ def test_chat_template(folder):
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a  12?"}]
     text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert text == ("<|im_start|>system\nBe brief.<|im_end|>\n"
-                    "<|im_start|>user\na  12?<|im_end|>\n<|im_start|>assistant\n")
+    assert text == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\na  12?<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert theirs.tokenize("a  12?") == ["a", "ĠĠ", "1", "2", "?"]
     names = (theirs.bos_token, theirs.eos_token, theirs.pad_token, theirs.unk_token)
     assert names == ("<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>")

@@ -11,13 +11,49 @@ from conftest import ROOT
 
 import eval as evaluation
 from clsgen import load_run
-from train import calibrate, check_arguments, load_data, main, micro_batches, parse, rows_of_step, schedule
+from train import (
+    calibrate,
+    check_arguments,
+    load_data,
+    main,
+    micro_batches,
+    parse,
+    rows_of_step,
+    schedule,
+)
 
 
 def arguments(tiny, rows_file, out, *more):
-    fixed = ["--epochs", "6", "--batch", "8", "--dtype", "float32", "--rank", "4", "--valid-fraction", "0.3",
-             "--lr", "0.02", "--head-lr", "0.02", "--max-answer", "40", "--seed", "3"]
-    return ["--data", str(rows_file), "--model", str(tiny), "--out", str(out), *fixed, *map(str, more)]
+    fixed = [
+        "--epochs",
+        "6",
+        "--batch",
+        "8",
+        "--dtype",
+        "float32",
+        "--rank",
+        "4",
+        "--valid-fraction",
+        "0.3",
+        "--lr",
+        "0.02",
+        "--head-lr",
+        "0.02",
+        "--max-answer",
+        "40",
+        "--seed",
+        "3",
+    ]
+    return [
+        "--data",
+        str(rows_file),
+        "--model",
+        str(tiny),
+        "--out",
+        str(out),
+        *fixed,
+        *map(str, more),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -32,18 +68,22 @@ def log_of(out):
 
 
 def test_both_losses_fall_and_the_run_predicts(trained, rows):
-    """Fails if one of the losses does not reach the parameters, or the saved run is another model."""
+    """Fails if one of the losses does not reach the parameters, or another model is saved."""
     steps = [line for line in log_of(trained) if "bce" in line]
     assert steps[-1]["bce"] < 0.8 * steps[0]["bce"] and steps[-1]["lm"] < 0.5 * steps[0]["lm"]
     records = load_run(trained).predict(rows)
-    assert evaluation.auroc([row["label"] for row in rows], [r["probability"] for r in records]) > 0.9
+    assert (
+        evaluation.auroc([row["label"] for row in rows], [r["probability"] for r in records]) > 0.9
+    )
 
 
 def test_the_log_starts_with_the_whole_configuration(trained):
     """Fails if a flag, the resolved dtype or a version is not on record."""
     config = log_of(trained)[0]["config"]
     assert config["lr"] == 0.02 and config["dtype"] == "float32" and config["versions"]["torch"]
-    assert config["format"] == "chatml" and config["steps"] == len([x for x in log_of(trained) if "bce" in x])
+    assert config["format"] == "chatml" and config["steps"] == len(
+        [x for x in log_of(trained) if "bce" in x]
+    )
 
 
 def test_the_same_seed_gives_the_same_bytes(tiny, rows_file, trained, tmp_path):
@@ -65,9 +105,11 @@ def test_calibration_and_threshold_are_those_of_the_validation_rows(tiny, traine
     assert meta["threshold"] == pytest.approx(evaluation.best_f1_threshold(y, p), abs=1e-4)
 
 
-@pytest.mark.parametrize("weight, scorer", [("--lm-weight", "head"), ("--cls-weight", "label_token")])
+@pytest.mark.parametrize(
+    "weight, scorer", [("--lm-weight", "head"), ("--cls-weight", "label_token")]
+)
 def test_the_baselines_are_the_same_loop(tiny, rows, tmp_path, weight, scorer):
-    """Fails if a zero weight still trains its part: LM loss or score head must stay where they were."""
+    """Fails if a zero weight still trains its part: the head must stay where it was."""
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows if "explanation" in r))
     main(arguments(tiny, path, tmp_path / "run", weight, 0))
@@ -91,19 +133,23 @@ def test_label_only_rows_have_no_place_in_lm_only_training(tiny, rows_file, tmp_
 
 def test_keep_best_keeps_the_best_validation(tiny, rows_file, tmp_path):
     """Fails if the last step is kept all the same, or the worst."""
-    main(arguments(tiny, rows_file, tmp_path / "run", "--keep-best", "--valid-every", 2, "--lr", 0.2))
+    main(
+        arguments(tiny, rows_file, tmp_path / "run", "--keep-best", "--valid-every", 2, "--lr", 0.2)
+    )
     valid = {x["step"]: x["valid"]["bce"] for x in log_of(tmp_path / "run") if "valid" in x}
     kept = json.loads((tmp_path / "run" / "clsgen.json").read_text())["step"]
     assert valid[kept] == min(valid.values()) < valid[max(valid)]
 
 
 def test_steps_take_every_row_once_an_epoch_at_random():
-    """Fails if rows repeat or are left out within an epoch, or steps hold rows of like length only."""
+    """Fails if rows repeat or are left out within an epoch, or steps hold rows of like length."""
     order = [i for step in range(15) for i in rows_of_step(step, 20, 4, seed=0)]
     epochs = [order[i : i + 20] for i in (0, 20, 40)]
     assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
     assert epochs[0] != epochs[1] and epochs[0] != sorted(epochs[0])
-    across = [i for step in range(9) for i in rows_of_step(step, 6, 4, seed=0)]  # 4 does not divide 6
+    across = [
+        i for step in range(9) for i in rows_of_step(step, 6, 4, seed=0)
+    ]  # 4 does not divide 6
     assert all(sorted(across[i : i + 6]) == list(range(6)) for i in range(0, 36, 6))
 
 
@@ -111,7 +157,9 @@ def test_micro_batches_hold_each_row_once_sorted_by_length():
     """Fails if a row of the step is lost, or short and long rows are padded together."""
     examples = [[0] * n for n in (5, 1, 4, 2, 3)]
     parts = micro_batches(examples, 2)
-    assert [len(x) for part in parts for x in part] == [1, 2, 3, 4, 5] and list(map(len, parts)) == [2, 2, 1]
+    assert [len(x) for part in parts for x in part] == [1, 2, 3, 4, 5] and list(
+        map(len, parts)
+    ) == [2, 2, 1]
 
 
 def test_schedule_rises_and_ends_at_zero():
@@ -128,7 +176,11 @@ def test_calibration_finds_temperature_and_bias():
     logit = rng.normal(0, 2, 20000)
     y = rng.random(20000) < 1 / (1 + np.exp(-logit))
     temperature, bias, sentence = calibrate(y, 3 * (logit - 0.5))
-    assert sentence is None and temperature == pytest.approx(3, rel=0.05) and bias == pytest.approx(0.5, abs=0.05)
+    assert (
+        sentence is None
+        and temperature == pytest.approx(3, rel=0.05)
+        and bias == pytest.approx(0.5, abs=0.05)
+    )
     assert calibrate(y[:20], logit[:20])[:2] == (1.0, 0.0)
     assert "wrong way" in calibrate(y, -logit)[2] and "parts" in calibrate(y, y * 2.0 - 1)[2]
 
@@ -136,27 +188,53 @@ def test_calibration_finds_temperature_and_bias():
 def test_all_impossible_flags_are_named_at_once(tmp_path):
     """Fails if only the first is reported, or one passes."""
     (tmp_path / "clsgen.json").write_text("{}")
-    flags = ["--rank", "0", "--lr", "-1", "--cls-weight", "0", "--lm-weight", "0", "--valid-fraction", "1"]
+    flags = [
+        "--rank",
+        "0",
+        "--lr",
+        "-1",
+        "--cls-weight",
+        "0",
+        "--lm-weight",
+        "0",
+        "--valid-fraction",
+        "1",
+    ]
     with pytest.raises(ValueError) as error:
         check_arguments(parse(["--data", "x", "--out", str(tmp_path), *flags]))
-    for words in ("--rank 0", "--lr -1", "nothing would train", "--valid-fraction 1.0", "has a run already"):
+    for words in (
+        "--rank 0",
+        "--lr -1",
+        "nothing would train",
+        "--valid-fraction 1.0",
+        "has a run already",
+    ):
         assert words in str(error.value)
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--data", "nowhere.jsonl"], "nowhere.jsonl"), (["--batch", "0"], "--batch 0"),
-    (["--model", "nowhere"], "nowhere"),
-])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--batch", "0"], "--batch 0"),
+        (["--model", "nowhere"], "nowhere"),
+    ],
+)
 def test_a_wrong_call_is_one_sentence_and_exit_code_2(tiny, rows_file, tmp_path, flags, words):
     """Fails if a user's mistake ends in a traceback, or leaves a run folder behind."""
-    command = [sys.executable, str(ROOT / "train.py"), *arguments(tiny, rows_file, tmp_path / "run"), *flags]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *arguments(tiny, rows_file, tmp_path / "run"),
+        *flags,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and words in done.stderr
     assert not (tmp_path / "run").exists()
 
 
 def test_evaluation_of_a_run_end_to_end(trained, rows_file, capsys):
-    """Fails if a column of the table, the JSON or a prediction is missing, or results are overwritten."""
+    """Fails if a column of the table, the JSON or a prediction is missing."""
     command = ["--run", str(trained), "--data", str(rows_file), "--draws", "50", "--explain", "8"]
     evaluation.main(command)
     out = capsys.readouterr().out
@@ -164,6 +242,8 @@ def test_evaluation_of_a_run_end_to_end(trained, rows_file, capsys):
     report = json.loads((trained / "eval" / rows_file.stem / "eval.json").read_text())
     assert report["n"] == 40 and report["metrics"]["head"]["n_explained"] == 8
     lines = (trained / "eval" / rows_file.stem / "predictions.jsonl").read_text().splitlines()
-    assert len(lines) == 40 and sum(json.loads(line)["explanation"] is not None for line in lines) == 8
+    assert (
+        len(lines) == 40 and sum(json.loads(line)["explanation"] is not None for line in lines) == 8
+    )
     with pytest.raises(ValueError, match="exists"):
         evaluation.main(command)
