@@ -23,7 +23,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import shutil
 import sys
 from importlib.metadata import version
@@ -92,6 +91,7 @@ class CLSGen(nn.Module):
         super().__init__()
         self.model, norm = llama, llama.norm.weight
         self.score = nn.Linear(len(norm), 1, bias=False, device=norm.device)
+        # Hugging Face's initializer_range. A zero head would give LoRA no BCE gradient at first
         nn.init.normal_(self.score.weight, std=0.02)
 
     def parameter_groups(self):
@@ -147,7 +147,7 @@ def write_json(path, value):
 
 
 def write_tensors(path, tensors):
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     write_atomically(path, save(tensors, {"format": "pt"}))
 
 
@@ -163,7 +163,7 @@ def load_adapter(model, path):
         tensors, own = load_file(path), adapter_tensors(model)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
-    compare_tensors(*({name: t.shape for name, t in x.items()} for x in (own, tensors)), path)
+    compare_tensors(*({name: t.shape for name, t in side.items()} for side in (own, tensors)), path)
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
 
@@ -180,8 +180,8 @@ def base_fingerprint(folder):
 
 
 def versions():
-    packages = ("torch", "numpy", "safetensors", "tokenizers")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    packages = {name: version(name) for name in ("torch", "numpy", "safetensors", "tokenizers")}
+    return {"python": sys.version.split()[0], **packages}
 
 
 def pick(dtype, device):
@@ -194,9 +194,6 @@ def pick(dtype, device):
     return getattr(torch, str(dtype).removeprefix("torch.")), device
 
 
-# --- choosing a token -----------------------------------------------------------------------------
-
-
 def greedy(logits):
     """(B, V) -> (B,), the likeliest token."""
     return logits.argmax(-1)
@@ -205,6 +202,8 @@ def greedy(logits):
 def sampler(temperature, top_p, seed):
     """Like greedy, but draws from softmax(logits / temperature), and there from the smallest set of
     tokens that holds top_p of the mass (nucleus sampling, arXiv 1904.09751)."""
+    if not (temperature > 0 and 0 < top_p <= 1):
+        raise ValueError(f"temperature {temperature}, top-p {top_p}; due: above 0, and in (0, 1]")
     generator = torch.Generator().manual_seed(seed)
 
     def choose(logits):
@@ -216,7 +215,7 @@ def sampler(temperature, top_p, seed):
     return choose
 
 
-# --- the run folder -------------------------------------------------------------------------------
+# --- a run: its folder and its predictions --------------------------------------------------------
 
 
 class Run:
@@ -236,12 +235,12 @@ class Run:
 
     def save(self, folder):
         """Writes adapter_model.safetensors, adapter_config.json (peft's layout) and clsgen.json."""
-        rank, alpha, targets = (self.meta["lora"][key] for key in ("rank", "alpha", "targets"))
+        lora = self.meta["lora"]
         write_tensors(folder / "adapter_model.safetensors", adapter_tensors(self.model))
         write_json(folder / "adapter_config.json", {
-            "peft_type": "LORA", "task_type": "SEQ_CLS", "r": rank, "lora_alpha": alpha,
-            "target_modules": targets, "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
-            "modules_to_save": ["classifier", "score"],
+            "peft_type": "LORA", "task_type": "SEQ_CLS", "r": lora["rank"],
+            "lora_alpha": lora["alpha"], "target_modules": lora["targets"], "lora_dropout": 0.0,
+            "bias": "none", "modules_to_save": ["classifier", "score"], "inference_mode": True,
             "base_model_name_or_path": self.meta["base"]})
         self.meta |= {"golden": self.golden(), "versions": versions()}
         write_json(folder / "clsgen.json", self.meta)
@@ -332,19 +331,16 @@ def load_run(folder, model=None, dtype=None, device=None):
     merged = (folder / "score.safetensors").exists()
     base = folder if merged else Path(model or meta["base"])
     if base_fingerprint(base) != meta["base_fingerprint"]:
-        raise ValueError(f"{base}: not the base model of {folder}: its config.json, tokenizer.json "
-                         "or tensors are others")
+        raise ValueError(f"{base}: not the base of {folder}: other config, tokenizer or tensors")
     llama = load_llama(base, dtype, device)
-    if not merged:
-        add_lora(llama, meta["lora"]["rank"], meta["lora"]["alpha"], meta["lora"]["targets"])
-    clsgen = CLSGen(llama).eval()
+    clsgen = CLSGen(llama if merged else add_lora(llama, **meta["lora"])).eval()
     load_adapter(clsgen, folder / ("score.safetensors" if merged else "adapter_model.safetensors"))
     digest = hashlib.sha256((folder / "clsgen.json").read_bytes()).hexdigest()[:12]
     run = Run(clsgen, Prompts(base, **meta["prompts"]), meta, digest)
     stored, here = meta["golden"], run.golden()
+    tolerance = 1e-3 if stored["dtype"] == here["dtype"] == "float32" else 0.25
     if stored["ids"] != here["ids"]:
         raise ValueError(f"{folder}: the tokenizer is not the one that this run was trained with")
-    tolerance = 1e-3 if stored["dtype"] == here["dtype"] == "float32" else 0.25
     if not abs(stored["logit"] - here["logit"]) <= tolerance:
         raise ValueError(f"{folder}: a fixed sentence has logit {here['logit']:.4f}, the run says "
                          f"{stored['logit']:.4f}: other base weights, LoRA or head")
@@ -385,13 +381,11 @@ def merge(run, base, out, shard_bytes=5 * 10**9):
 
 def predict_file(run, args, choose):
     """--data to --out, a line a row, written as it goes."""
-    rows = read_rows(args.data, labels=False)
+    rows, step = read_rows(args.data, labels=False), 8 * args.batch  # like lengths within a step
     with open(args.out, "w", encoding="utf-8") as file, tqdm(total=len(rows), unit="row") as bar:
-        for start in range(0, len(rows), 8 * args.batch):  # sorted by length within eight batches
-            part = rows[start : start + 8 * args.batch]
+        for part in (rows[i : i + step] for i in range(0, len(rows), step)):
             for record in run.predict(part, not args.no_explain, args.batch, args.decide, choose):
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
+                print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
             bar.update(len(part))
     print(f"{len(rows)} predictions in {args.out}")
 
@@ -402,9 +396,8 @@ def predict_text(run, args, choose):
     steps = run.run_batch(examples, not args.no_explain, args.decide, choose)
     record, ids, shown = next(steps)[0], [], 0
     print(f"probability of {run.prompts.word(1)}: {record['probability']:.3f}  (decision: "
-          f"{run.prompts.word(record['label'])}, threshold {record['threshold']:.3f})")
-    if record["tokens_cut"]:
-        print(f"({record['tokens_cut']} tokens cut from the middle of the text)")
+          f"{run.prompts.word(record['label'])}, threshold {record['threshold']:.3f}; "
+          f"{record['tokens_cut']} tokens of the text cut)")
     for tokens in steps:
         ids += tokens.tolist()
         text = printable(run.prompts.decode(ids))
@@ -426,52 +419,40 @@ def run_main(main):
         sys.exit(130)
 
 
-def parse(argv=None):
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("command", nargs="?", choices=["predict", "merge"], default="predict")
     add("--run", required=True, help="a run folder of train.py, or a merged folder")
-    # what to predict
     add("--text", help="one text: prints its probability and streams the explanation")
     add("--data", help="JSON Lines rows with `text`")
     add("--out", type=Path, help="predictions (JSON Lines), or the merged folder")
     add("--overwrite", action="store_true", help="replace the predictions in --out")
     add("--no-explain", action="store_true", help="probabilities only")
     add("--decide", choices=["text", "head"], default="text", help="who states the answer's label")
-    # drawing tokens
     add("--temperature", type=float, default=0.0, help="0 (default): the likeliest token")
     add("--top-p", type=float, default=1.0, help="draw from this share of the mass")
     add("--seed", type=int, default=0, help="of the draws")
-    # model and machine
-    add("--model", help="the base model's folder, if it has moved")
     add("--batch", type=int, default=16, help="rows at a time")
+    add("--model", help="the base model's folder, if it has moved")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="default: the run's")
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     args = parser.parse_args(argv)
-    merging, sources = args.command == "merge", (args.text is not None) + (args.data is not None)
-    wrong = ["--out is missing"] * (args.out is None and (merging or args.data is not None))
-    wrong += ["give either --text or --data"] * (not merging and sources != 1)
-    wrong += [f"--temperature {args.temperature} is below 0"] * (not args.temperature >= 0)
-    wrong += [f"--top-p {args.top_p} is not in (0, 1]"] * (not 0 < args.top_p <= 1)
+    merging, no_text, no_data = args.command == "merge", args.text is None, args.data is None
+    wrong = ["give either --text or --data"] * (not merging and no_text == no_data)
+    wrong += ["--out is missing"] * (args.out is None and (merging or not no_data))
     wrong += [f"--batch {args.batch} is below 1"] * (args.batch < 1)
     if args.out and args.out.exists() and (merging or not args.overwrite):
         wrong.append(f"{args.out} exists")
     if wrong:
         raise ValueError("; ".join(wrong))
-    return args
-
-
-def main(argv=None):
-    args = parse(argv)
-    run = load_run(args.run, args.model, args.dtype, args.device)
     choose = sampler(args.temperature, args.top_p, args.seed) if args.temperature else greedy
-    if args.command == "merge":
+    run = load_run(args.run, args.model, args.dtype, args.device)
+    if merging:
         merge(run, Path(args.model or run.meta["base"]), args.out)
         print(f"merged model in {args.out}")
-    elif args.data:
-        predict_file(run, args, choose)
     else:
-        predict_text(run, args, choose)
+        (predict_file if no_text else predict_text)(run, args, choose)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Notation: B rows, T tokens (the longest row's), A answer tokens of the batch.
 
 import argparse
 import json
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -165,17 +166,22 @@ class Prompts:
 
     def __init__(self, folder, question=QUESTION, labels=("no", "yes"), format=None,
                  max_prompt=1024, max_answer=256):
-        folder = Path(folder)
+        from model import read_json
+
+        path, config = Path(folder) / "tokenizer.json", read_json(Path(folder) / "config.json")
+        spec = read_json(path)
         try:
-            spec = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
             self.tokenizer = Tokenizer.from_str(json.dumps(spec))
             self.plain = Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
         except Exception as error:  # tokenizers raises nothing narrower
-            reason = getattr(error, "strerror", None) or error
-            raise ValueError(f"{folder / 'tokenizer.json'}: {reason}") from None
+            raise ValueError(f"{path}: {error}") from None
         for tokenizer in (self.tokenizer, self.plain):
             tokenizer.no_padding()
             tokenizer.no_truncation()
+        for key, due in (("vocab_size", max(self.tokenizer.get_vocab().values()) + 1),
+                         ("max_position_embeddings", max_prompt + max_answer)):
+            if due > config.get(key, math.inf):
+                raise ValueError(f"{folder}: {key} is {config[key]}; tokenizer, bounds need {due}")
         if len({word.strip().lower() for word in labels} - {""}) != 2:
             raise ValueError(f"label words {labels}: two different words are due")
         self.question, self.labels = question, tuple(word.strip() for word in labels)
@@ -184,7 +190,15 @@ class Prompts:
         fits = (name for name in FRAMES if all(has(token) is not None for token in FRAMES[name][0]))
         self.format = format or next(fits)
         self._lay_out_frame()
-        self.stop_ids = self._stop_ids(folder)
+        # What ends an answer; training puts the first one there: the frame's end of turn
+        specials, generation = FRAMES[self.format][0], Path(folder) / "generation_config.json"
+        stops = [has(specials[-1])] if specials else []
+        for source in (read_json(generation) if generation.exists() else {}, config):
+            eos = source.get("eos_token_id")
+            stops += eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not stops:
+            raise ValueError(f"{folder}: neither a frame nor config.json names an end of turn")
+        self.stop_ids = list(dict.fromkeys(stops))
         # "No.", "Yes.": the strings whose log-probability is the label-token score
         self.label_ids = [self._encode(f"{self.word(label)}.").ids for label in (0, 1)]
 
@@ -213,18 +227,6 @@ class Prompts:
         self.after = [i for part in parts[at + 1 :] for i in ids(part)]
         self.opening, self.closing = parts[at].replace("{system}", SYSTEM).split("{user}")
         self.opening += self.question + "\n\n"
-
-    def _stop_ids(self, folder):
-        """Ids that end an answer; the first is the one that training puts there."""
-        specials = FRAMES[self.format][0]
-        stops = [self.tokenizer.token_to_id(specials[-1])] if specials else []
-        for name in ("generation_config.json", "config.json"):
-            path = folder / name
-            eos = json.loads(path.read_text("utf-8")).get("eos_token_id") if path.exists() else None
-            stops += eos if isinstance(eos, list) else [] if eos is None else [eos]
-        if not stops:
-            raise ValueError(f"{folder}: neither a frame nor config.json names an end of turn")
-        return list(dict.fromkeys(stops))
 
     def _encode(self, text):
         return self.plain.encode(text, add_special_tokens=False)
@@ -289,15 +291,15 @@ class Example:
         return len(self.prompt) + len(self.answer)
 
 
-def encode_rows(rows, prompts, answers=True):
-    """Row dicts -> Examples. DataError for an answer over max_answer (it is never cut)."""
+def encode_rows(rows, prompts, answers=True, refuse=True):
+    """Row dicts -> Examples. DataError for an answer over max_answer: it is never cut."""
     examples = []
     for row in rows:
         prompt, cut = prompts.prompt(row["text"])
         answer = []
         if answers and "explanation" in row:
             answer = prompts.answer(row["label"], row["explanation"])
-            if len(answer) > prompts.max_answer:
+            if len(answer) > prompts.max_answer and refuse:
                 raise DataError(f"row {row['id']!r}: the answer takes {len(answer)} tokens, "
                                 f"max-answer is {prompts.max_answer}")
         examples.append(Example(row["id"], prompt, answer, row.get("label"), cut))
@@ -360,8 +362,9 @@ def show(example, prompts):
 def check(args):
     """Prints counts, class balance, token lengths, what is cut, duplicates, and one row."""
     rows = read_rows(args.data)
-    prompts = Prompts(args.model, args.question, args.labels, args.format, args.max_prompt, 10**9)
-    examples = encode_rows(rows, prompts)
+    prompts = Prompts(args.model, args.question, args.labels, args.format, args.max_prompt,
+                      args.max_answer)
+    examples = encode_rows(rows, prompts, refuse=False)
     positives, texts = sum(row["label"] for row in rows), {row["text"] for row in rows}
     groups = Counter(row["group"] for row in rows if "group" in row)
     answers = [len(example.answer) for example in examples if example.answer]

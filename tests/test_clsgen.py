@@ -354,7 +354,7 @@ def break_run(how, base, folder, tmp_path):
     [
         ("head", "fixed sentence"),
         ("base weights", "fixed sentence"),
-        ("base config", "not the base model"),
+        ("base config", "not the base of"),
         ("missing", "missing base_model.model.score.weight"),
         ("truncated", "adapter_model.safetensors"),
     ],
