@@ -22,7 +22,7 @@ import torch
 from tokenizers import Tokenizer
 
 QUESTION = "Is the answer yes for the following text?"
-SYSTEM = "Answer the question about the text, then explain your answer."
+SYSTEM = "Answer the question, then explain why."
 
 # --- rows -----------------------------------------------------------------------------------------
 
