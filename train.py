@@ -3,7 +3,7 @@
     python train.py --data examples/discharge/train.jsonl --valid examples/discharge/valid.jsonl
 
 The baselines are the same loop with one weight at zero: --lm-weight 0 is a plain classifier,
---cls-weight 0 plain generative fine-tuning. The run folder holds all that a prediction needs except
+--cls-weight 0 plain generative fine-tuning. The run folder holds all that a prediction needs but
 the base weights; log.jsonl has a line for every step and every validation.
 """
 
@@ -110,16 +110,19 @@ def load_data(args, prompts):
     return rows, valid
 
 
-def rows_of_step(step, n, batch, seed):
-    """Row numbers of one step: the epochs' shuffles end to end, cut into equal steps.
+def epoch_order(labels, seed, epoch):
+    """A random order of the rows in which every stretch has the file's share of each class.
 
-    Random rows for each step, never rows sorted over the whole file: the classes' explanations
-    differ in length, so sorted steps are nearly of one class and BCE jumps from step to step.
+    Random, never sorted by length: the classes' explanations differ in length, so that sorted steps
+    are nearly of one class. And stratified, since a step's class balance moves all logits together,
+    a noise that hides what tells rows apart; the expected gradient is the same.
     """
-    places = range(step * batch, (step + 1) * batch)
-    epochs = {place // n for place in places}
-    orders = {epoch: np.random.default_rng([seed, epoch]).permutation(n) for epoch in epochs}
-    return [int(orders[place // n][place % n]) for place in places]
+    rng, labels = np.random.default_rng([seed, epoch]), np.array(labels)
+    place = np.empty(len(labels))
+    for label in (0, 1):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        place[rows] = (np.arange(len(rows)) + rng.random()) / max(len(rows), 1)
+    return np.argsort(place)
 
 
 def micro_batches(examples, size):
@@ -188,8 +191,8 @@ def train_step(model, optimizer, examples, args, share, device):
         bce, lm = bce + parts[0].item(), lm + parts[1].item()
     for group in optimizer.param_groups:
         group["lr"] = share * group["peak"]
-        # LoRA and head apart: the head's gradient follows the step's class balance, since all hidden
-        # states share one long mean, and would shrink LoRA's at random
+        # LoRA and head apart: the head's gradient is long, since all hidden states share one long
+        # mean, and would shrink LoRA's at random
         norm = torch.nn.utils.clip_grad_norm_(group["params"], args.clip)
         if not math.isfinite(norm):
             ids = ", ".join(str(example.id) for example in examples)
@@ -220,6 +223,9 @@ def main(argv=None):
         lr=0.0, betas=(0.9, 0.99), weight_decay=0.0,
     )
     steps = max(1, round(args.epochs * len(train) / args.batch))
+    labels = [example.label for example in train]
+    epochs = range(math.ceil(steps * args.batch / len(train)))
+    order = np.concatenate([epoch_order(labels, args.seed, epoch) for epoch in epochs])
     every = args.valid_every or math.ceil(len(train) / args.batch)
     config = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
     config |= {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "steps": steps,
@@ -234,7 +240,7 @@ def main(argv=None):
 
         write({"config": config})
         for step in range(1, steps + 1):
-            examples = [train[i] for i in rows_of_step(step - 1, len(train), args.batch, args.seed)]
+            examples = [train[i] for i in order[(step - 1) * args.batch : step * args.batch]]
             share = schedule(step - 1, steps, args.warmup)
             bce, lm = train_step(model, optimizer, examples, args, share, device)
             tokens, seconds = tokens + sum(map(len, examples)), time.perf_counter() - start

@@ -200,7 +200,7 @@ def test_plain_and_unknown_frames(tmp_path):
 
 @pytest.mark.parametrize("key, value", [("vocab_size", 280), ("max_position_embeddings", 99)])
 def test_a_model_too_small_for_tokenizer_or_bounds_is_refused(tmp_path, key, value):
-    """Fails if a token id beyond the embedding, or a row beyond the positions, gets to the model."""
+    """Fails if a token id beyond the embedding, or a row beyond the positions, gets through."""
     write_tokenizer(tmp_path)
     config = {"eos_token_id": 2, "vocab_size": 400, "max_position_embeddings": 2048}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -11,16 +11,8 @@ from conftest import ROOT
 
 import eval as evaluation
 from clsgen import load_run
-from train import (
-    calibrate,
-    check_arguments,
-    load_data,
-    main,
-    micro_batches,
-    parse,
-    rows_of_step,
-    schedule,
-)
+from train import calibrate, check_arguments, epoch_order, load_data, main, micro_batches
+from train import parse, schedule
 
 
 def arguments(tiny, rows_file, out, *more):
@@ -141,16 +133,15 @@ def test_keep_best_keeps_the_best_validation(tiny, rows_file, tmp_path):
     assert valid[kept] == min(valid.values()) < valid[max(valid)]
 
 
-def test_steps_take_every_row_once_an_epoch_at_random():
-    """Fails if rows repeat or are left out within an epoch, or steps hold rows of like length."""
-    order = [i for step in range(15) for i in rows_of_step(step, 20, 4, seed=0)]
-    epochs = [order[i : i + 20] for i in (0, 20, 40)]
-    assert all(sorted(epoch) == list(range(20)) for epoch in epochs)
+def test_an_epoch_takes_every_row_once_at_random_and_stratified():
+    """Fails if rows repeat or are left out within an epoch, or steps of one class."""
+    labels = np.arange(40) % 4 == 0
+    epochs = [epoch_order(labels, 0, epoch).tolist() for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(40)) for epoch in epochs)
     assert epochs[0] != epochs[1] and epochs[0] != sorted(epochs[0])
-    across = [
-        i for step in range(9) for i in rows_of_step(step, 6, 4, seed=0)
-    ]  # 4 does not divide 6
-    assert all(sorted(across[i : i + 6]) == list(range(6)) for i in range(0, 36, 6))
+    for epoch in epochs:
+        shares = [labels[epoch[i : i + 8]].sum() for i in range(0, 40, 8)]
+        assert set(shares) <= {1, 2, 3}, "a fourth of 8 rows, give or take one"
 
 
 def test_micro_batches_hold_each_row_once_sorted_by_length():
