@@ -55,7 +55,7 @@ def parse(argv=None):
     add("--batch", type=int, default=16, help="rows of one optimizer step")
     add("--micro-batch", type=int, default=4, help="rows of one forward pass")
     add("--lr", type=float, default=1e-3, help="peak learning rate of LoRA")
-    add("--head-lr", type=float, default=5e-4, help="peak learning rate of the score head")
+    add("--head-lr", type=float, default=2e-4, help="peak learning rate of the score head")
     add("--warmup", type=float, default=0.05, help="share of the steps; then linear decay to zero")
     add("--clip", type=float, default=1.0, help="gradient norm, of LoRA and of the head")
     add("--seed", type=int, default=0, help="of initial values, order and validation split")
