@@ -4,17 +4,11 @@
     python clsgen.py --run runs/x --data new.jsonl --out predictions.jsonl
     python clsgen.py merge --run runs/x --out folder                       # a plain HF folder
 
-  prompt tokens (question + text)          | answer tokens: "Yes. Because ..."
-  ----------------------------------- x_P  | a_1  a_2 ... a_A
-                 Llama + LoRA (one forward pass)
-                              h_P          | h_P  h_1 ... h_{A-1}
-                               |                   |
-                   score head: D -> 1         lm_head: D -> V
-                      logit z                p(a_t | x, a_<t)
+One forward pass over [prompt | answer] gives h. The score head reads the last prompt token and
+nothing else, z = score(h_P), so it cannot see the answer; lm_head predicts the answer's tokens:
 
-  L = w_cls * mean over examples BCE(z, y)  +  w_lm * mean over answer tokens CE
+    L = w_cls * mean over examples BCE(z, y)  +  w_lm * mean over answer tokens CE
 
-The score head reads the last prompt token and nothing else, so z cannot see the answer.
 Notation: B rows, T tokens, D hidden size, V vocabulary, A answer tokens of the batch.
 """
 
@@ -25,6 +19,7 @@ import math
 import os
 import shutil
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -63,12 +58,10 @@ class LoRALinear(nn.Linear):
         small = F.linear(x, self.lora_A.weight.to(x.dtype))
         return super().forward(x) + F.linear(small, (self.scale * self.lora_B.weight).to(x.dtype))
 
-    @torch.no_grad()
-    def merge_(self):
-        """W += (alpha / rank) B A, in float32, cast once; B becomes zero, so twice is once."""
+    def merged(self, weight):
+        """W + (alpha / rank) B A, summed in float32 and cast once to the dtype of W."""
         delta = self.scale * self.lora_B.weight @ self.lora_A.weight
-        self.weight.copy_(self.weight.float() + delta)
-        self.lora_B.weight.zero_()
+        return (weight.float() + delta.detach().cpu()).to(weight.dtype)
 
 
 def add_lora(llama, rank, alpha, targets=TARGETS):
@@ -194,25 +187,15 @@ def pick(dtype, device):
     return getattr(torch, str(dtype).removeprefix("torch.")), device
 
 
-def greedy(logits):
-    """(B, V) -> (B,), the likeliest token."""
-    return logits.argmax(-1)
-
-
-def sampler(temperature, top_p, seed):
-    """Like greedy, but draws from softmax(logits / temperature), and there from the smallest set of
-    tokens that holds top_p of the mass (nucleus sampling, arXiv 1904.09751)."""
-    if not (temperature > 0 and 0 < top_p <= 1):
-        raise ValueError(f"temperature {temperature}, top-p {top_p}; due: above 0, and in (0, 1]")
-    generator = torch.Generator().manual_seed(seed)
-
-    def choose(logits):
-        p, ids = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
-        p[p.cumsum(-1) - p > top_p] = 0  # the token that crosses top_p still counts
-        drawn = torch.multinomial(p.cpu(), 1, generator=generator).to(ids.device)
-        return ids.gather(-1, drawn).squeeze(-1)
-
-    return choose
+def choose_token(logits, temperature=0.0, top_p=1.0, generator=None):
+    """(B, V) -> (B,): the likeliest at temperature 0, else drawn from softmax(logits / temperature),
+    from the smallest set that holds top_p of the mass (nucleus sampling, arXiv 1904.09751)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, ids = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
+    p[p.cumsum(-1) - p > top_p] = 0  # the token that crosses top_p still counts
+    drawn = torch.multinomial(p.cpu(), 1, generator=generator).to(ids.device)
+    return ids.gather(-1, drawn).squeeze(-1)
 
 
 # --- a run: its folder and its predictions --------------------------------------------------------
@@ -257,7 +240,7 @@ class Run:
             scores.append(logp.gather(-1, tokens[..., None]).sum((1, 2)))
         return scores[1] - scores[0]
 
-    def _decode(self, cache, last, prompt_end, choose, forced=()):
+    def _decode(self, cache, last, prompt_end, choose, forced):
         """Yields each row's next token (B,) until all have stopped; for those, a stop id."""
         stop_ids = torch.tensor(self.prompts.stop_ids, device=self.device)
         done = torch.zeros(len(last), dtype=torch.bool, device=self.device)
@@ -274,7 +257,7 @@ class Run:
             last = self.llama(tokens[:, None], cache, prompt_end[:, None] + 1 + step)[:, 0]
 
     @torch.inference_mode()
-    def run_batch(self, examples, explain=True, decide="text", choose=greedy):
+    def run_batch(self, examples, explain=True, decide="text", choose=choose_token):
         """Yields the rows' records without text, then their answers token by token, each (B,). One
         prefill gives p, and its cache goes on to the label words and the explanation."""
         batch, prompts = collate(examples, self.device), self.prompts
@@ -301,11 +284,11 @@ class Run:
             forced = decided if decide == "head" else ()
             yield from self._decode(cache, last, prompt_end, choose, forced)
 
-    def predict(self, rows, explain=True, batch_size=16, decide="text", choose=greedy,
+    def predict(self, rows, explain=True, batch_size=16, decide="text", choose=choose_token,
                 progress=False):
         """Texts or row dicts -> their records, in order. decide="head" starts each answer with the
         head's decision, so that the text argues for it; by default the text states a label of its
-        own, which is what agreement measures. choose: greedy, or a sampler."""
+        own, which is what agreement measures. choose(logits) picks a token."""
         rows = [{"id": i, "text": r} if isinstance(r, str) else r for i, r in enumerate(rows, 1)]
         examples = encode_rows(rows, self.prompts, answers=False)
         order = sorted(range(len(rows)), key=lambda i: -len(examples[i]))  # alike lengths together
@@ -350,32 +333,24 @@ def load_run(folder, model=None, dtype=None, device=None):
 # --- commands -------------------------------------------------------------------------------------
 
 
-def merge(run, base, out, shard_bytes=5 * 10**9):
-    """Writes run as a plain Hugging Face folder: W + (alpha / rank) B A, summed in float32."""
+def merge(run, base, out):
+    """Writes run as a plain Hugging Face folder, in the dtype and the shards that its base has."""
     out.mkdir(parents=True)
-    for module in run.model.modules():
-        if isinstance(module, LoRALinear):
-            module.merge_()
-    shards, size = {}, 0
-    for name, tensor in run.llama.named_parameters():
-        if ".lora_" not in name:
-            shards.setdefault(size // shard_bytes, {})[disk_name(name)] = tensor
-            size += tensor.nbytes
-    index = {"metadata": {"total_size": size}, "weight_map": {}}
-    for number, shard in enumerate(shards.values(), 1):
-        part = "" if len(shards) == 1 else f"-{number:05}-of-{len(shards):05}"
-        write_tensors(out / f"model{part}.safetensors", shard)
-        index["weight_map"] |= dict.fromkeys(shard, f"model{part}.safetensors")
-    if len(shards) > 1:
-        write_json(out / "model.safetensors.index.json", index)
-    for path in base.iterdir():  # tokenizer, generation config, chat template
-        if path.suffix in (".json", ".model", ".jinja", ".txt") and "index" not in path.name:
+    wrapped = {disk_name(name) + ".weight": module for name, module in run.llama.named_modules()
+               if isinstance(module, LoRALinear)}
+    for path in checkpoint_files(base):
+        tensors = load_file(path)
+        for name in tensors.keys() & wrapped.keys():
+            tensors[name] = wrapped[name].merged(tensors[name])
+        write_tensors(out / path.name, tensors)
+    for path in base.iterdir():  # config, tokenizer, index, chat template
+        if path.suffix in (".json", ".model", ".jinja", ".txt"):
             shutil.copyfile(path, out / path.name)
-    golden, config = run.golden(), read_json(base / "config.json")
-    config["dtype" if "dtype" in config else "torch_dtype"] = golden["dtype"]
-    write_json(out / "config.json", config)
     write_tensors(out / "score.safetensors", {PEFT_PREFIX + "score.weight": run.model.score.weight})
-    meta = {"base": str(out), "base_fingerprint": base_fingerprint(out), "golden": golden}
+    merged = CLSGen(load_llama(out, run.llama.norm.weight.dtype, run.device))
+    merged.score = run.model.score
+    meta = {"base": str(out), "base_fingerprint": base_fingerprint(out)}
+    meta["golden"] = Run(merged, run.prompts, run.meta).golden()
     write_json(out / "clsgen.json", run.meta | meta)
 
 
@@ -412,11 +387,9 @@ def run_main(main):
     try:
         main()
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(print("stopped", file=sys.stderr) or 130)
 
 
 def main(argv=None):
@@ -442,11 +415,14 @@ def main(argv=None):
     wrong = ["give either --text or --data"] * (not merging and no_text == no_data)
     wrong += ["--out is missing"] * (args.out is None and (merging or not no_data))
     wrong += [f"--batch {args.batch} is below 1"] * (args.batch < 1)
+    wrong += [f"--temperature {args.temperature} is below 0"] * (not args.temperature >= 0)
+    wrong += [f"--top-p {args.top_p} is not in (0, 1]"] * (not 0 < args.top_p <= 1)
     if args.out and args.out.exists() and (merging or not args.overwrite):
         wrong.append(f"{args.out} exists")
     if wrong:
         raise ValueError("; ".join(wrong))
-    choose = sampler(args.temperature, args.top_p, args.seed) if args.temperature else greedy
+    choose = partial(choose_token, temperature=args.temperature, top_p=args.top_p,
+                     generator=torch.Generator().manual_seed(args.seed))
     run = load_run(args.run, args.model, args.dtype, args.device)
     if merging:
         merge(run, Path(args.model or run.meta["base"]), args.out)

@@ -11,7 +11,7 @@ from conftest import ROOT
 
 import eval as evaluation
 from clsgen import load_run
-from train import calibrate, check_arguments, epoch_order, load_data, main, micro_batches
+from train import calibrate, check_arguments, epoch_order, main, micro_batches
 from train import parse, schedule
 
 
@@ -85,15 +85,22 @@ def test_the_same_seed_gives_the_same_bytes(tiny, rows_file, trained, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (trained / name).read_bytes()
 
 
-def test_calibration_and_threshold_are_those_of_the_validation_rows(tiny, trained, rows_file):
+def test_calibration_and_threshold_are_those_of_the_validation_rows(
+    tiny, rows, rows_file, tmp_path, capsys
+):
     """Fails if they are fitted on training rows, or the threshold on uncalibrated probabilities."""
-    meta = json.loads((trained / "clsgen.json").read_text())
-    args = parse(arguments(tiny, rows_file, trained))
-    run = load_run(trained)
-    _, valid = load_data(args, run.prompts)
-    records = run.predict(valid, explain=False)
-    y, p = [row["label"] for row in valid], [record["probability"] for record in records]
-    assert meta["calibration"] == {"temperature": 1.0, "bias": 0.0}  # 12 rows are too few
+    valid = [{**r, "id": f"v{i}", "label": r["label"] ^ (i % 5 == 0)} for i, r in enumerate(rows)]
+    path = tmp_path / "valid.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in valid))
+    main(arguments(tiny, rows_file, tmp_path / "run", "--valid", path))
+    assert "20 groups stand in both" in capsys.readouterr().out
+    meta = json.loads((tmp_path / "run" / "clsgen.json").read_text())
+    records = load_run(tmp_path / "run").predict(valid, explain=False)
+    y, raw, p = (np.array([record[key] for record in records])
+                 for key in ("true_label", "raw_probability", "probability"))
+    temperature, bias, _ = calibrate(y, np.log(raw / (1 - raw)))
+    due = {"temperature": temperature, "bias": bias}
+    assert temperature != 1 and meta["calibration"] == pytest.approx(due, rel=1e-3)
     assert meta["threshold"] == pytest.approx(evaluation.best_f1_threshold(y, p), abs=1e-4)
 
 
