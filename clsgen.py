@@ -188,7 +188,7 @@ def pick(dtype, device):
 
 
 def choose_token(logits, temperature=0.0, top_p=1.0, generator=None):
-    """(B, V) -> (B,): the likeliest at temperature 0, else drawn from softmax(logits / temperature),
+    """(B, V) -> (B,): the likeliest at temperature 0, else one of softmax(logits / temperature)
     from the smallest set that holds top_p of the mass (nucleus sampling, arXiv 1904.09751)."""
     if temperature == 0:
         return logits.argmax(-1)
