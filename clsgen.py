@@ -167,8 +167,8 @@ def base_fingerprint(folder):
     for path in (Path(folder) / "config.json", Path(folder) / "tokenizer.json"):
         digest.update(path.read_bytes())
     for path in checkpoint_files(folder):
-        with open(path, "rb") as file:
-            digest.update(file.read(int.from_bytes(file.read(8), "little")))
+        with open(path, "rb") as file:  # safetensors allows no header above 100 MB
+            digest.update(file.read(min(int.from_bytes(file.read(8), "little"), 10**8)))
     return digest.hexdigest()
 
 
@@ -179,7 +179,11 @@ def versions():
 
 def pick(dtype, device):
     """(dtype, device): CUDA if there is one; "auto" is bfloat16 where the processor has it."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device}: {str(error).splitlines()[0]}") from None
     if dtype == "auto":
         cpu = torch.cpu.get_capabilities()
         fast = device.type != "cpu" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
@@ -233,8 +237,8 @@ class Run:
         scores = []
         for ids in self.prompts.label_ids:  # "No." and "Yes.": the word's tokens and the full stop
             tokens = torch.tensor(ids, device=self.device).expand(len(last), -1)
-            positions = prompt_end[:, None] + torch.arange(1, len(ids), device=self.device)
-            hidden = self.llama(tokens[:, :-1], cache, positions)
+            positions = prompt_end[:, None] + 1 + torch.arange(len(ids), device=self.device)
+            hidden = self.llama(tokens, cache, positions)[:, :-1]
             hidden = torch.cat((last[:, None], hidden), dim=1)
             logp = self.llama.logits(hidden).float().log_softmax(-1)
             scores.append(logp.gather(-1, tokens[..., None]).sum((1, 2)))
@@ -289,7 +293,8 @@ class Run:
         """Texts or row dicts -> their records, in order. decide="head" starts each answer with the
         head's decision, so that the text argues for it; by default the text states a label of its
         own, which is what agreement measures. choose(logits) picks a token."""
-        rows = [{"id": i, "text": r} if isinstance(r, str) else r for i, r in enumerate(rows, 1)]
+        rows = [{"id": i} | ({"text": row} if isinstance(row, str) else row)
+                for i, row in enumerate(rows, 1)]
         examples = encode_rows(rows, self.prompts, answers=False)
         order = sorted(range(len(rows)), key=lambda i: -len(examples[i]))  # alike lengths together
         results = {}
@@ -310,9 +315,18 @@ def load_run(folder, model=None, dtype=None, device=None):
     """A run folder, or what `merge` made of one -> Run. `model`: the base folder if it has moved.
     ValueError when the base's fingerprint or the golden row says that this is another model."""
     folder, meta = Path(folder), read_json(Path(folder) / "clsgen.json")
+    try:
+        return _load_run(folder, meta, model, dtype, device)
+    except (KeyError, TypeError, AttributeError) as error:  # some key is gone, or of a wrong type
+        raise ValueError(f"{folder / 'clsgen.json'} does not fit: {error!r}") from None
+
+
+def _load_run(folder, meta, model, dtype, device):
     dtype, device = pick(dtype or meta["golden"]["dtype"], device)
     merged = (folder / "score.safetensors").exists()
     base = folder if merged else Path(model or meta["base"])
+    if not base.is_dir():
+        raise ValueError(f"{base}: the base model of {folder} is not there; --model can name it")
     if base_fingerprint(base) != meta["base_fingerprint"]:
         raise ValueError(f"{base}: not the base of {folder}: other config, tokenizer or tensors")
     llama = load_llama(base, dtype, device)
@@ -320,6 +334,8 @@ def load_run(folder, model=None, dtype=None, device=None):
     load_adapter(clsgen, folder / ("score.safetensors" if merged else "adapter_model.safetensors"))
     digest = hashlib.sha256((folder / "clsgen.json").read_bytes()).hexdigest()[:12]
     run = Run(clsgen, Prompts(base, **meta["prompts"]), meta, digest)
+    calibration = meta["calibration"]["temperature"] + meta["calibration"]["bias"]
+    float(calibration + meta["threshold"] + meta["base_rate"]), str(meta["scorer"])  # all there?
     stored, here = meta["golden"], run.golden()
     tolerance = 1e-3 if stored["dtype"] == here["dtype"] == "float32" else 0.25
     if stored["ids"] != here["ids"]:
@@ -335,9 +351,11 @@ def load_run(folder, model=None, dtype=None, device=None):
 
 def merge(run, base, out):
     """Writes run as a plain Hugging Face folder, in the dtype and the shards that its base has."""
-    out.mkdir(parents=True)
     wrapped = {disk_name(name) + ".weight": module for name, module in run.llama.named_modules()
                if isinstance(module, LoRALinear)}
+    if not wrapped:
+        raise ValueError("this run is merged already")
+    out.mkdir(parents=True)
     for path in checkpoint_files(base):
         tensors = load_file(path)
         for name in tensors.keys() & wrapped.keys():
@@ -355,13 +373,11 @@ def merge(run, base, out):
 
 
 def predict_file(run, args, choose):
-    """--data to --out, a line a row, written as it goes."""
-    rows, step = read_rows(args.data, labels=False), 8 * args.batch  # like lengths within a step
-    with open(args.out, "w", encoding="utf-8") as file, tqdm(total=len(rows), unit="row") as bar:
-        for part in (rows[i : i + step] for i in range(0, len(rows), step)):
-            for record in run.predict(part, not args.no_explain, args.batch, args.decide, choose):
-                print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
-            bar.update(len(part))
+    """--data to --out, a line a row: the whole file, or what was there."""
+    rows = read_rows(args.data, labels=False)
+    records = run.predict(rows, not args.no_explain, args.batch, args.decide, choose, progress=True)
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    write_atomically(args.out, "".join(lines))
     print(f"{len(rows)} predictions in {args.out}")
 
 
@@ -412,13 +428,16 @@ def main(argv=None):
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     args = parser.parse_args(argv)
     merging, no_text, no_data = args.command == "merge", args.text is None, args.data is None
-    wrong = ["give either --text or --data"] * (not merging and no_text == no_data)
-    wrong += ["--out is missing"] * (args.out is None and (merging or not no_data))
-    wrong += [f"--batch {args.batch} is below 1"] * (args.batch < 1)
-    wrong += [f"--temperature {args.temperature} is below 0"] * (not args.temperature >= 0)
-    wrong += [f"--top-p {args.top_p} is not in (0, 1]"] * (not 0 < args.top_p <= 1)
-    if args.out and args.out.exists() and (merging or not args.overwrite):
-        wrong.append(f"{args.out} exists")
+    exists = args.out is not None and args.out.exists() and (merging or not args.overwrite)
+    wrong = [text for text, bad in (
+        ("give either --text or --data", not merging and no_text == no_data),
+        ("--out is missing", args.out is None and (merging or not no_data)),
+        (f"{args.out} exists", exists),
+        (f"--out {args.out}: no such folder", args.out and not args.out.parent.is_dir()),
+        (f"--batch {args.batch} is below 1", args.batch < 1),
+        (f"--temperature {args.temperature} is below 0", not args.temperature >= 0),
+        (f"--top-p {args.top_p} is not in (0, 1]", not 0 < args.top_p <= 1),
+    ) if bad]
     if wrong:
         raise ValueError("; ".join(wrong))
     choose = partial(choose_token, temperature=args.temperature, top_p=args.top_p,

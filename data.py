@@ -135,7 +135,8 @@ def split_valid(rows, fraction, seed):
 # --- prompts --------------------------------------------------------------------------------------
 
 # Each frame: its special tokens (the last one ends an answer) and the prompt around {user}, which
-# is question, blank line, text. A tokenizer gets the first frame whose special tokens it has.
+# is question, blank line, text. A tokenizer gets the first frame whose special tokens it has
+# (llama2, whose [INST] is plain text, by --format only).
 # They equal the models' own chat templates for [system, user] except: Llama-3.1's date header,
 # Qwen3's empty think block.
 FRAMES = {
@@ -180,8 +181,9 @@ class Prompts:
             tokenizer.no_truncation()
         for key, due in (("vocab_size", max(self.tokenizer.get_vocab().values()) + 1),
                          ("max_position_embeddings", max_prompt + max_answer)):
-            if due > config.get(key, math.inf):
-                raise ValueError(f"{folder}: {key} is {config[key]}; tokenizer, bounds need {due}")
+            have = config.get(key, math.inf)
+            if type(have) not in (int, float) or due > have:
+                raise ValueError(f"{folder}: {key} is {have!r}; tokenizer, bounds need {due}")
         if len({word.strip().lower() for word in labels} - {""}) != 2:
             raise ValueError(f"label words {labels}: two different words are due")
         self.question, self.labels = question, tuple(word.strip() for word in labels)
@@ -196,8 +198,8 @@ class Prompts:
         for source in (read_json(generation) if generation.exists() else {}, config):
             eos = source.get("eos_token_id")
             stops += eos if isinstance(eos, list) else [] if eos is None else [eos]
-        if not stops:
-            raise ValueError(f"{folder}: neither a frame nor config.json names an end of turn")
+        if not stops or not all(type(token) is int and token >= 0 for token in stops):
+            raise ValueError(f"{folder}: eos_token_id {stops}; token ids are due")
         self.stop_ids = list(dict.fromkeys(stops))
         # "No.", "Yes.": the strings whose log-probability is the label-token score
         self.label_ids = [self._encode(f"{self.word(label)}.").ids for label in (0, 1)]

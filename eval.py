@@ -393,6 +393,7 @@ def main(argv=None):
     y, groups = [row["label"] for row in rows], [row.get("group") for row in rows]
     _check(y, y, need=(0, 1))  # before the model works for minutes
     run = load_run(args.run, model=args.model, dtype=args.dtype, device=args.device)
+    args.out.mkdir(parents=True, exist_ok=True)  # not after minutes of work
     count = len(rows) if args.explain is None else args.explain
     predictions = run.predict(rows[:count], True, args.batch, progress=count > 0)
     predictions += run.predict(rows[count:], False, args.batch, progress=count < len(rows))
@@ -410,7 +411,6 @@ def main(argv=None):
     report = {"metrics": columns, "n": len(rows), "run": predictions[0]["run"], "seconds": seconds,
               "arguments": vars(args), "versions": versions()}
     lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions]
-    args.out.mkdir(parents=True, exist_ok=True)
     write_atomically(args.out / "predictions.jsonl", "".join(lines))
     write_atomically(args.out / "eval.json", json.dumps(report, indent=1, default=str) + "\n")
     print(f"wrote {args.out}/eval.json and predictions.jsonl")

@@ -79,7 +79,7 @@ class LlamaConfig:
         for key, value in FIXED.items():
             if raw.get(key, value) != value:
                 refuse(key, raw[key], repr(value))
-        # transformers, too, takes these for an absent key; Qwen3's head_dim is no such ratio
+        # Old Llama configs leave these two out; Qwen3's head_dim is no such ratio
         sizes = {"num_key_value_heads": heads, **raw}
         if raw.get("head_dim") is None and family != "qwen3":
             sizes["head_dim"] = number("hidden_size") // number("num_attention_heads")
@@ -87,18 +87,23 @@ class LlamaConfig:
         sizes = {key: number(key, sizes, (int,)) for key in names}
         if heads % sizes["num_key_value_heads"]:
             refuse("num_key_value_heads", sizes["num_key_value_heads"], f"a divisor of {heads}")
+        if sizes["head_dim"] % 2:
+            refuse("head_dim", sizes["head_dim"], "an even number")
         # Rotary positions: `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters`
         scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(scaling, dict):
+            refuse("rope_scaling", scaling, "an object or null")
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         if kind not in ("default", "llama3"):
             refuse("rope_type", kind, "default, llama3")
         llama3 = {key: number(key, scaling) for key in LLAMA3_ROPE} if kind == "llama3" else None
         # Mistral's window is on all layers; Qwen2 stores one that it does not use
-        mistral, layers = family == "mistral", set(raw.get("layer_types") or ())
+        mistral, layers = family == "mistral", set(map(str, [*(raw.get("layer_types") or ())]))
         if raw.get("use_sliding_window") or layers - {("full", "sliding")[mistral] + "_attention"}:
             refuse("layer_types", sorted(layers), "full attention, or mistral's sliding_window")
         if mistral and "sliding_window" not in raw:  # transformers would take 4096 here
             refuse("sliding_window", "absent", "a number or null")
+        windowed = mistral and raw["sliding_window"] is not None
         if unknown := sorted(raw.keys() - KNOWN - FIXED.keys() - set(names)):
             print(f"warning: {name}: unknown keys: {', '.join(unknown)}", file=sys.stderr)
         bias = bool(raw.get("attention_bias"))
@@ -107,7 +112,7 @@ class LlamaConfig:
             rope_theta=number("rope_theta", {"rope_theta": 10000.0, **raw, **scaling}),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings")), qk_norm=family == "qwen3",
             qkv_bias=bias or family == "qwen2", o_bias=bias and family != "qwen2",
-            sliding_window=raw["sliding_window"] if mistral else None)
+            sliding_window=number("sliding_window", kinds=(int,)) if windowed else None)
 
 
 # --- the layers -----------------------------------------------------------------------------------
@@ -286,7 +291,7 @@ def checkpoint_files(folder):
     index, names = Path(folder) / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists():
         weight_map = read_json(index).get("weight_map")
-        names = sorted(map(str, set(weight_map.values()))) if isinstance(weight_map, dict) else []
+        names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
         if not names or any(Path(name).name != name for name in names):
             raise ValueError(f"{index}: weight_map must give names of files in this folder")
     for name in names:

@@ -61,7 +61,7 @@ def parse(argv=None):
     add("--seed", type=int, default=0, help="of initial values, order and validation split")
     # run folder
     add("--out", type=Path, help="run folder (default: runs/ and the name of --data)")
-    add("--overwrite", action="store_true", help="replace a run that is there")
+    add("--overwrite", action="store_true", help="replace the run in --out, from the first step on")
     add("--valid-every", type=int, help="validate every so many steps (default: each epoch)")
     add("--keep-best", action="store_true", help="keep the step of lowest validation BCE")
     args = parser.parse_args(argv)
@@ -75,8 +75,12 @@ def check_arguments(args):
         ("rank", 1), ("batch", 1), ("micro_batch", 1), ("valid_rows", 1), ("max_prompt", 1),
         ("max_answer", 1), ("seed", 0), ("cls_weight", 0), ("lm_weight", 0), ("warmup", 0),
     ) if not getattr(args, name) >= low]
-    wrong += [f"--{name.replace('_', '-')} {getattr(args, name)} is not above 0" for name in (
-        "alpha", "epochs", "lr", "head_lr", "clip") if not getattr(args, name) > 0]
+    wrong += [f"--{name.replace('_', '-')} {getattr(args, name)} is no number above 0" for name in (
+        "alpha", "epochs", "lr", "head_lr", "clip") if not 0 < getattr(args, name) < math.inf]
+    if args.warmup > 1 or (args.valid_every or 1) < 1:
+        wrong.append(f"--warmup {args.warmup}, --valid-every {args.valid_every}: a share, a count")
+    if args.keep_best and not args.cls_weight:
+        wrong.append("--keep-best goes by BCE, which --cls-weight 0 does not train")
     if args.cls_weight == args.lm_weight == 0:
         wrong.append("--cls-weight and --lm-weight are both 0: nothing would train")
     if not 0 < args.valid_fraction < 1:
@@ -90,7 +94,7 @@ def check_arguments(args):
 # --- data and schedule ----------------------------------------------------------------------------
 
 
-def load_data(args, prompts):
+def load_data(args):
     """(training, validation) rows, validation thinned to --valid-rows by the seed."""
     rows = read_rows(args.data)
     if args.valid:
@@ -103,6 +107,8 @@ def load_data(args, prompts):
     if len(valid) > args.valid_rows:
         keep = np.random.default_rng(args.seed).permutation(len(valid))[: args.valid_rows]
         valid = [valid[i] for i in sorted(keep)]
+        if len({row["label"] for row in valid}) < 2:
+            raise DataError(f"--valid-rows {args.valid_rows} leaves one class only for validation")
     lone = [row["id"] for row in rows if "explanation" not in row]
     if not args.cls_weight and lone:
         raise DataError(f"--cls-weight 0 trains on explanations only; {len(lone)} rows have none, "
@@ -140,8 +146,12 @@ def schedule(step, steps, warmup):
 # --- validation -----------------------------------------------------------------------------------
 
 
+def sigmoid(z):
+    return (1 + np.tanh(np.asarray(z) / 2)) / 2
+
+
 @torch.inference_mode()
-def validate(model, examples, device, size=16):
+def validate(model, examples, device, size):
     """({"bce", "lm", "auroc"} over all rows, raw logits (N,)): measured, nothing is fitted here."""
     order, z = sorted(range(len(examples)), key=lambda i: len(examples[i])), np.zeros(len(examples))
     n_tokens = sum(len(example.answer) for example in examples)
@@ -156,10 +166,6 @@ def validate(model, examples, device, size=16):
         z[indices] = logit.cpu()
     y = [example.label for example in examples]
     return {"bce": bce, "lm": lm, "auroc": auroc(y, sigmoid(z))}, z
-
-
-def sigmoid(z):
-    return (1 + np.tanh(np.asarray(z) / 2)) / 2
 
 
 def calibrate(y, z):
@@ -200,68 +206,6 @@ def train_step(model, optimizer, examples, args, share, device):
     optimizer.step()
     optimizer.zero_grad()
     return bce, lm
-
-
-def main(argv=None):
-    args = parse(argv)
-    check_arguments(args)
-    torch.manual_seed(args.seed)
-    dtype, device = pick(args.dtype, args.device)
-    prompts = Prompts(args.model, args.question, args.labels, args.format, args.max_prompt,
-                      args.max_answer)
-    rows, valid_rows = load_data(args, prompts)
-    # Where the text does not train, its tokens need not be computed; validation still measures them
-    train = encode_rows(rows, prompts, answers=args.lm_weight > 0)
-    valid = encode_rows(valid_rows, prompts)
-    llama = load_llama(args.model, dtype, device)
-    llama.checkpointing = args.checkpointing
-    model = CLSGen(add_lora(llama, args.rank, args.alpha, args.targets))
-    groups = model.parameter_groups()
-    peaks = {"lora": args.lr} | ({"head": args.head_lr} if args.cls_weight else {})
-    optimizer = torch.optim.AdamW(
-        [{"params": list(groups[name].values()), "peak": peak} for name, peak in peaks.items()],
-        lr=0.0, betas=(0.9, 0.99), weight_decay=0.0,
-    )
-    steps = max(1, round(args.epochs * len(train) / args.batch))
-    labels = [example.label for example in train]
-    epochs = range(math.ceil(steps * args.batch / len(train)))
-    order = np.concatenate([epoch_order(labels, args.seed, epoch) for epoch in epochs])
-    every = args.valid_every or math.ceil(len(train) / args.batch)
-    config = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
-    config |= {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "steps": steps,
-               "format": prompts.format, "threads": torch.get_num_threads(), "versions": versions()}
-    introduce(config, groups, train, valid, prompts)
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    best, tokens, start = None, 0, time.perf_counter()
-    with open(args.out / "log.jsonl", "w") as log, tqdm(total=steps, desc="train") as bar:
-        def write(line):
-            print(json.dumps(line), file=log, flush=True)
-
-        write({"config": config})
-        for step in range(1, steps + 1):
-            examples = [train[i] for i in order[(step - 1) * args.batch : step * args.batch]]
-            share = schedule(step - 1, steps, args.warmup)
-            bce, lm = train_step(model, optimizer, examples, args, share, device)
-            tokens, seconds = tokens + sum(map(len, examples)), time.perf_counter() - start
-            write({"step": step, "bce": bce, "lm": lm, "lr": share * args.lr, "tokens": tokens,
-                   "seconds": round(seconds, 2)})
-            rate = f"{tokens / seconds:.0f} tok/s"
-            bar.set_postfix_str(f"bce {bce:.3f} lm {lm:.3f} {rate}", refresh=False)
-            bar.update()
-            if step % every == 0 or step == steps:
-                measured, z = validate(model, valid, device)
-                write({"step": step, "valid": measured})
-                bar.write(f"step {step}: validation " + "  ".join(
-                    f"{name} {value:.4f}" for name, value in measured.items()))
-                if not best or not args.keep_best or measured["bce"] < best[0]:
-                    tensors = {name: t.clone() for name, t in adapter_tensors(model).items()}
-                    best = measured["bce"], step, tensors, z
-    _, kept, tensors, z = best
-    for name, tensor in adapter_tensors(model).items():
-        tensor.copy_(tensors[name])
-    base_rate = float(np.mean([row["label"] for row in rows]))
-    finish(args, model.eval(), prompts, valid_rows, z, {"base_rate": base_rate, "step": kept})
 
 
 def introduce(config, groups, train, valid, prompts):
@@ -305,6 +249,69 @@ def finish(args, model, prompts, rows, z, meta):
               f"{prompts.labels[record['true_label']]}; the text states {stated}:\n"
               f"  {printable(record['explanation'])}")
     print(f"\nrun folder: {args.out}")
+
+
+def main(argv=None):
+    args = parse(argv)
+    check_arguments(args)
+    torch.manual_seed(args.seed)
+    dtype, device = pick(args.dtype, args.device)
+    prompts = Prompts(args.model, args.question, args.labels, args.format, args.max_prompt,
+                      args.max_answer)
+    rows, valid_rows = load_data(args)
+    # Where the text does not train, its tokens need not be computed; validation still measures them
+    train = encode_rows(rows, prompts, answers=args.lm_weight > 0)
+    valid = encode_rows(valid_rows, prompts)
+    llama = load_llama(args.model, dtype, device)
+    llama.checkpointing = args.checkpointing
+    model = CLSGen(add_lora(llama, args.rank, args.alpha, args.targets))
+    groups = model.parameter_groups()
+    peaks = {"lora": args.lr} | ({"head": args.head_lr} if args.cls_weight else {})
+    optimizer = torch.optim.AdamW(
+        [{"params": list(groups[name].values()), "peak": peak} for name, peak in peaks.items()],
+        lr=0.0, betas=(0.9, 0.99), weight_decay=0.0,
+    )
+    steps = max(1, round(args.epochs * len(train) / args.batch))
+    labels = [example.label for example in train]
+    epochs = range(math.ceil(steps * args.batch / len(train)))
+    order = np.concatenate([epoch_order(labels, args.seed, epoch) for epoch in epochs])
+    every = args.valid_every or math.ceil(len(train) / args.batch)
+    config = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
+    config |= {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "steps": steps,
+               "format": prompts.format, "threads": torch.get_num_threads(), "versions": versions()}
+    introduce(config, groups, train, valid, prompts)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "clsgen.json").unlink(missing_ok=True)  # until the end this is no finished run
+    best, tokens, start = None, 0, time.perf_counter()
+    with open(args.out / "log.jsonl", "w") as log, tqdm(total=steps, desc="train") as bar:
+        def write(line):
+            print(json.dumps(line), file=log, flush=True)
+
+        write({"config": config})
+        for step in range(1, steps + 1):
+            examples = [train[i] for i in order[(step - 1) * args.batch : step * args.batch]]
+            share = schedule(step - 1, steps, args.warmup)
+            bce, lm = train_step(model, optimizer, examples, args, share, device)
+            tokens, seconds = tokens + sum(map(len, examples)), time.perf_counter() - start
+            write({"step": step, "bce": bce, "lm": lm, "lr": share * args.lr, "tokens": tokens,
+                   "seconds": round(seconds, 2)})
+            rate = f"{tokens / seconds:.0f} tok/s"
+            bar.set_postfix_str(f"bce {bce:.3f} lm {lm:.3f} {rate}", refresh=False)
+            bar.update()
+            if step % every == 0 or step == steps:
+                measured, z = validate(model, valid, device, 4 * args.micro_batch)
+                write({"step": step, "valid": measured})
+                bar.write(f"step {step}: validation " + "  ".join(
+                    f"{name} {value:.4f}" for name, value in measured.items()))
+                if not best or not args.keep_best or measured["bce"] < best[0]:
+                    tensors = {name: t.clone() for name, t in adapter_tensors(model).items()}
+                    best = measured["bce"], step, tensors, z
+    _, kept, tensors, z = best
+    for name, tensor in adapter_tensors(model).items():
+        tensor.copy_(tensors[name])
+    base_rate = float(np.mean([row["label"] for row in rows]))
+    finish(args, model.eval(), prompts, valid_rows, z, {"base_rate": base_rate, "step": kept})
 
 
 if __name__ == "__main__":

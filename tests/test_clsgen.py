@@ -434,6 +434,30 @@ def test_a_file_of_predictions(rows_file, rows, run, tmp_path):
     main([*arguments, "--overwrite"])
 
 
+MALFORMED = [{"golden": None}, {"threshold": "x"}, {"lora": {}}, {"prompts": {"format": "x"}}]
+MALFORMED += [{"scorer": None}, {"calibration": {}}, {"golden": {"dtype": "x"}}, {"base": "x"}]
+
+
+@pytest.mark.parametrize("change", MALFORMED)
+def test_a_malformed_clsgen_json_is_one_sentence(run, tmp_path, change):
+    """Fails if a missing or ill-typed key ends in a traceback, now or after minutes of work."""
+    path = tmp_path / "run" / "clsgen.json"
+    meta = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps({key: value for key, value in meta.items() if value is not None}))
+    with pytest.raises(ValueError, match="clsgen.json|not there"):
+        load_run(tmp_path / "run")
+
+
+def test_label_words_of_one_token_are_scored(tiny, rows, tmp_path):
+    """Fails if a label string that is a single token has no score."""
+    run = make_run(tiny, tmp_path / "one")
+    run.prompts.label_ids = [[7], [8]]
+    prompt, _ = run.prompts.prompt(rows[0]["text"])
+    no, yes = (log_probability(run, prompt, ids) for ids in ([7], [8]))
+    record = run.predict(rows[:1])[0]
+    assert record["label_token_probability"] == pytest.approx((yes - no).sigmoid().item(), abs=1e-5)
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

@@ -144,6 +144,7 @@ BAD_CONFIGS = {
     "rope_theta": float("inf"),
     "layer_types": ["full_attention", "sliding_attention"],
     "vocab_size": True,
+    "head_dim": 7,
 }
 
 

@@ -19,6 +19,9 @@ import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
+from data import SYSTEM, Prompts
+from model import load_llama
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "examples" / "smollm2.py"
 PUBLISHED_SPECIALS = [
@@ -201,31 +204,46 @@ def test_config(folder):
 
 
 def test_logits_equal_transformers_gguf(folder, gguf_folder):
-    """Fails if q and k keep llama.cpp's row order, or if tensors of one shape change places."""
+    """Fails if q and k keep llama.cpp's row order, if tensors of one shape change places, or if our
+    model differs from transformers' on a real checkpoint, with the cache too."""
     transformers = pytest.importorskip("transformers")
     load = transformers.AutoModelForCausalLM.from_pretrained
-    ours = load(folder, dtype=torch.float32)
     theirs = load(gguf_folder, gguf_file="model.gguf", dtype=torch.float32)
-    rng = np.random.default_rng(0)
-    prompts = [torch.from_numpy(rng.integers(0, 49152, shape)) for shape in ((1, 1), (2, 24))]
+    ours = load_llama(folder, torch.float32)
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, 49152, (2, 24)))
     with torch.inference_mode():
         for parameter in theirs.parameters():
             parameter.copy_(parameter.to(torch.bfloat16))
-        for prompt in prompts:
-            torch.testing.assert_close(
-                ours(prompt).logits, theirs(prompt).logits, atol=1e-4, rtol=0
-            )
+        due = theirs(ids).logits
+        torch.testing.assert_close(ours.logits(ours(ids)), due, atol=1e-4, rtol=0)
+        cache = ours.new_cache(2, 24)
+        hidden = [ours(ids[:, :20], cache)]
+        hidden += [ours(ids[:, i : i + 1], cache, torch.full((2, 1), i)) for i in range(20, 24)]
+        torch.testing.assert_close(ours.logits(torch.cat(hidden, 1)), due, atol=1e-4, rtol=0)
 
 
 def test_model_knows_a_fact(folder, tokenizer):
     """Fails if gate and up change places. Needs no second reader of the file; but llama.cpp's row
     order in q and k survives so short a prompt (tried), so that is the test above's to catch."""
-    transformers = pytest.importorskip("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    prompt = torch.tensor([tokenizer.encode("The capital of France is").ids])
+    model = load_llama(folder, torch.float32)
     with torch.inference_mode():
-        best = model(prompt).logits[0, -1].argmax().item()
+        hidden = model(torch.tensor([tokenizer.encode("The capital of France is").ids]))
+        best = model.logits(hidden[0, -1]).argmax().item()
     assert tokenizer.decode([best]) == " Paris"
+
+
+def test_prompt_frame_is_the_models_own(folder):
+    """Fails if our chatml frame gives other token ids than SmolLM2's own chat template."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    prompts = Prompts(folder, question="Is it?")
+    for text in ("Two lines\nof text, 12 mg.", "  spaces  ", "\u00e9\u4e2d"):
+        messages = [
+            {"role": "system", "content": SYSTEM},
+            {"role": "user", "content": f"Is it?\n\n{text}"},
+        ]
+        due = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert prompts.prompt(text)[0] == due
 
 
 def test_tokens_equal_transformers_gguf(tokenizer, gguf_folder):
