@@ -77,8 +77,10 @@ def check_arguments(args):
     ) if not getattr(args, name) >= low]
     wrong += [f"--{name.replace('_', '-')} {getattr(args, name)} is no number above 0" for name in (
         "alpha", "epochs", "lr", "head_lr", "clip") if not 0 < getattr(args, name) < math.inf]
-    if args.warmup > 1 or (args.valid_every or 1) < 1:
-        wrong.append(f"--warmup {args.warmup}, --valid-every {args.valid_every}: a share, a count")
+    if args.warmup > 1:
+        wrong.append(f"--warmup {args.warmup} is over 1, all of the steps")
+    if args.valid_every is not None and args.valid_every < 1:
+        wrong.append(f"--valid-every {args.valid_every} is below 1")
     if args.keep_best and not args.cls_weight:
         wrong.append("--keep-best goes by BCE, which --cls-weight 0 does not train")
     if args.cls_weight == args.lm_weight == 0:
@@ -138,7 +140,8 @@ def micro_batches(examples, size):
 
 
 def schedule(step, steps, warmup):
-    """Share of the peak learning rate: linear warm-up, then linear decay that ends at zero."""
+    """Share of the peak learning rate: linear warm-up, then linear decay to zero right after
+    the last step."""
     rising = max(1, round(warmup * steps))
     return min((step + 1) / rising, (steps - step) / max(1, steps - rising + 1))
 

@@ -16,36 +16,10 @@ from train import parse, schedule
 
 
 def arguments(tiny, rows_file, out, *more):
-    fixed = [
-        "--epochs",
-        "6",
-        "--batch",
-        "8",
-        "--dtype",
-        "float32",
-        "--rank",
-        "4",
-        "--valid-fraction",
-        "0.3",
-        "--lr",
-        "0.02",
-        "--head-lr",
-        "0.02",
-        "--max-answer",
-        "40",
-        "--seed",
-        "3",
-    ]
-    return [
-        "--data",
-        str(rows_file),
-        "--model",
-        str(tiny),
-        "--out",
-        str(out),
-        *fixed,
-        *map(str, more),
-    ]
+    flags = "--epochs 6 --batch 8 --dtype float32 --rank 4 --valid-fraction 0.3 --lr 0.02"
+    flags += " --head-lr 0.02 --max-answer 40 --seed 3"
+    files = ["--data", rows_file, "--model", tiny, "--out", out]
+    return [*map(str, files), *flags.split(), *map(str, more)]
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +135,7 @@ def test_micro_batches_hold_each_row_once_sorted_by_length():
 
 
 def test_schedule_rises_and_ends_at_zero():
-    """Fails if the first step has rate zero, the peak is missed, or the decay stops short."""
+    """Fails if the first or last step has rate zero, the peak is missed, or the decay is not linear."""
     shares = [schedule(step, 100, 0.1) for step in range(100)]
     assert shares[0] == 0.1 and max(shares) == shares[9] == 1.0
     assert shares[99] == pytest.approx(1 / 91) and all(np.diff(shares[9:]) < 0)
@@ -186,27 +160,12 @@ def test_calibration_finds_temperature_and_bias():
 def test_all_impossible_flags_are_named_at_once(tmp_path):
     """Fails if only the first is reported, or one passes."""
     (tmp_path / "clsgen.json").write_text("{}")
-    flags = [
-        "--rank",
-        "0",
-        "--lr",
-        "-1",
-        "--cls-weight",
-        "0",
-        "--lm-weight",
-        "0",
-        "--valid-fraction",
-        "1",
-    ]
+    flags = "--rank 0 --lr -1 --cls-weight 0 --lm-weight 0 --valid-fraction 1 --epochs inf"
+    flags += " --valid-every 0 --warmup 2 --keep-best"
     with pytest.raises(ValueError) as error:
-        check_arguments(parse(["--data", "x", "--out", str(tmp_path), *flags]))
-    for words in (
-        "--rank 0",
-        "--lr -1",
-        "nothing would train",
-        "--valid-fraction 1.0",
-        "has a run already",
-    ):
+        check_arguments(parse(["--data", "x", "--out", str(tmp_path), *flags.split()]))
+    for words in ("--rank 0", "--lr -1", "nothing would train", "--valid-fraction 1.0", "--epochs inf",
+                  "--valid-every 0", "--warmup 2", "--keep-best", "has a run already"):
         assert words in str(error.value)
 
 
