@@ -70,8 +70,10 @@ def test_calibration_and_threshold_are_those_of_the_validation_rows(
     assert "20 groups stand in both" in capsys.readouterr().out
     meta = json.loads((tmp_path / "run" / "clsgen.json").read_text())
     records = load_run(tmp_path / "run").predict(valid, explain=False)
-    y, raw, p = (np.array([record[key] for record in records])
-                 for key in ("true_label", "raw_probability", "probability"))
+    y, raw, p = (
+        np.array([record[key] for record in records])
+        for key in ("true_label", "raw_probability", "probability")
+    )
     temperature, bias, _ = calibrate(y, np.log(raw / (1 - raw)))
     due = {"temperature": temperature, "bias": bias}
     assert temperature != 1 and meta["calibration"] == pytest.approx(due, rel=1e-3)
@@ -135,7 +137,7 @@ def test_micro_batches_hold_each_row_once_sorted_by_length():
 
 
 def test_schedule_rises_and_ends_at_zero():
-    """Fails if the first or last step has rate zero, the peak is missed, or the decay is not linear."""
+    """Fails if a step has rate zero, the peak is missed, or the decay stops short."""
     shares = [schedule(step, 100, 0.1) for step in range(100)]
     assert shares[0] == 0.1 and max(shares) == shares[9] == 1.0
     assert shares[99] == pytest.approx(1 / 91) and all(np.diff(shares[9:]) < 0)
@@ -164,8 +166,9 @@ def test_all_impossible_flags_are_named_at_once(tmp_path):
     flags += " --valid-every 0 --warmup 2 --keep-best"
     with pytest.raises(ValueError) as error:
         check_arguments(parse(["--data", "x", "--out", str(tmp_path), *flags.split()]))
-    for words in ("--rank 0", "--lr -1", "nothing would train", "--valid-fraction 1.0", "--epochs inf",
-                  "--valid-every 0", "--warmup 2", "--keep-best", "has a run already"):
+    named = ("--rank 0", "--lr -1", "nothing would train", "--valid-fraction 1.0", "--epochs inf")
+    named += ("--valid-every 0", "--warmup 2", "--keep-best", "has a run already")
+    for words in named:
         assert words in str(error.value)
 
 
