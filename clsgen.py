@@ -37,9 +37,8 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 PEFT_PREFIX = "base_model.model."  # what peft puts before each name; else its names are ours
 GOLDEN_TEXT = "The quick brown fox jumps over the lazy dog, 12 times out of 30."
 
+
 # --- LoRA, the two heads, the joint loss ----------------------------------------------------------
-
-
 class LoRALinear(nn.Linear):
     """y = x W^T + (alpha / rank) x A^T B^T, W frozen (arXiv 2106.09685). A is random and B zero, so
     that wrapping changes nothing. Both are float32, since small updates vanish in bfloat16; their
@@ -120,8 +119,6 @@ def joint_loss(z, y, logits, targets, n_examples, n_tokens, w_cls, w_lm):
 
 
 # --- files ----------------------------------------------------------------------------------------
-
-
 def write_atomically(path, data):
     """Writes bytes or str under a temporary name, syncs, renames: all of it or what was there."""
     temporary = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.tmp")
@@ -203,8 +200,6 @@ def choose_token(logits, temperature=0.0, top_p=1.0, generator=None):
 
 
 # --- a run: its folder and its predictions --------------------------------------------------------
-
-
 class Run:
     """A trained model and all that a prediction needs: prompts, calibration, threshold."""
 
@@ -347,8 +342,6 @@ def _load_run(folder, meta, model, dtype, device):
 
 
 # --- commands -------------------------------------------------------------------------------------
-
-
 def merge(run, base, out):
     """Writes run as a plain Hugging Face folder, in the dtype and the shards that its base has."""
     wrapped = {disk_name(name) + ".weight": module for name, module in run.llama.named_modules()

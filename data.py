@@ -24,9 +24,8 @@ from tokenizers import Tokenizer
 QUESTION = "Is the answer yes for the following text?"
 SYSTEM = "Answer the question, then explain why."
 
+
 # --- rows -----------------------------------------------------------------------------------------
-
-
 class DataError(ValueError):
     """Bad input data: "file:line: what is wrong"."""
 
@@ -131,9 +130,7 @@ def split_valid(rows, fraction, seed):
                             f"({len(side)} of {len(rows)} rows); give --valid or another fraction")
     return train, valid
 
-
 # --- prompts --------------------------------------------------------------------------------------
-
 # Each frame: its special tokens (the last one ends an answer) and the prompt around {user}, which
 # is question, blank line, text. A tokenizer gets the first frame whose special tokens it has
 # (llama2, whose [INST] is plain text, by --format only).
@@ -277,8 +274,6 @@ class Prompts:
 
 
 # --- examples and batches -------------------------------------------------------------------------
-
-
 @dataclass
 class Example:
     """One row as tokens. `answer` is empty where the row has no explanation."""
@@ -342,8 +337,6 @@ def collate(examples, device="cpu"):
 
 
 # --- looking at the data --------------------------------------------------------------------------
-
-
 def printable(text):
     """Text with control characters escaped, new line and tab kept: safe to print to a terminal."""
     return "".join(ascii(c)[1:-1] if unicodedata.category(c)[0] == "C" and c not in "\n\t" else c

@@ -18,9 +18,8 @@ import numpy as np
 from clsgen import load_run, run_main, versions, write_atomically
 from data import read_rows
 
+
 # --- metrics of the probability -------------------------------------------------------------------
-
-
 def _check(y, p, need=()):
     """y and p as float64 arrays; `need` names the classes that the metric cannot do without."""
     y, p = np.asarray(y, dtype=np.float64), np.asarray(p, dtype=np.float64)
@@ -210,8 +209,6 @@ def bootstrap_ci(metric, y, p, groups=None, draws=1000, seed=0):
 
 
 # --- metrics of the text --------------------------------------------------------------------------
-
-
 def _mean(values):
     return float(np.mean(values)) if len(values) else None
 
@@ -260,8 +257,6 @@ def evidence_scores(rows, texts, file_rows):
 
 
 # --- evaluation -----------------------------------------------------------------------------------
-
-
 def score_metrics(y, p, decisions=None, groups=None, draws=1000, seed=0):
     """All metrics of one probability; `decisions` are those at the validation threshold. The first
     five have their 95 % bootstrap interval in `intervals`."""
@@ -357,8 +352,6 @@ def table(columns, keys=TABLE):
 
 
 # --- command --------------------------------------------------------------------------------------
-
-
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument

@@ -25,7 +25,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 # --- configuration --------------------------------------------------------------------------------
-
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 # Keys that would change the computation, with the one value of each that we compute
 FIXED = {"hidden_act": "silu", "mlp_bias": False, "attention_dropout": 0.0,
@@ -65,59 +64,54 @@ class LlamaConfig:
     def from_dict(cls, raw, name="config.json"):
         """A config.json's content -> LlamaConfig. Every key is used, known to change nothing, or
         refused by name (ValueError); an unknown one gives a warning line."""
-        def refuse(key, value, due):
-            raise ValueError(f"{name}: {key} is {value!r}; supported is {due}")
+        def support(fits, key, value, due):
+            if not fits:
+                raise ValueError(f"{name}: {key} is {value!r}; supported is {due}")
 
         def number(key, where=raw, kinds=(int, float)):
-            if type(where.get(key)) not in kinds or not 0 < where[key] < math.inf:
-                refuse(key, where.get(key), "a number above 0" if len(kinds) > 1 else "1, 2, ...")
-            return where[key]
+            value, due = where.get(key), "1, 2, ..." if kinds == (int,) else "a number above 0"
+            support(type(value) in kinds and 0 < value < math.inf, key, value, due)
+            return value
 
-        family, heads = raw.get("model_type"), raw.get("num_attention_heads")
-        if family not in FAMILIES:
-            refuse("model_type", family, ", ".join(FAMILIES))
+        family = raw.get("model_type")
+        support(family in FAMILIES, "model_type", family, ", ".join(FAMILIES))
         for key, value in FIXED.items():
-            if raw.get(key, value) != value:
-                refuse(key, raw[key], repr(value))
+            support(raw.get(key, value) == value, key, raw.get(key), repr(value))
         # Old Llama configs leave these two out; Qwen3's head_dim is no such ratio
-        sizes = {"num_key_value_heads": heads, **raw}
+        sizes = {"num_key_value_heads": raw.get("num_attention_heads"), **raw}
         if raw.get("head_dim") is None and family != "qwen3":
             sizes["head_dim"] = number("hidden_size") // number("num_attention_heads")
         names = [key for key, kind in cls.__annotations__.items() if kind is int]
         sizes = {key: number(key, sizes, (int,)) for key in names}
-        if heads % sizes["num_key_value_heads"]:
-            refuse("num_key_value_heads", sizes["num_key_value_heads"], f"a divisor of {heads}")
-        if sizes["head_dim"] % 2:
-            refuse("head_dim", sizes["head_dim"], "an even number")
+        heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
+        support(heads % kv_heads == 0, "num_key_value_heads", kv_heads, f"a divisor of {heads}")
+        support(sizes["head_dim"] % 2 == 0, "head_dim", sizes["head_dim"], "an even number")
         # Rotary positions: `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters`
-        scaling = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if not isinstance(scaling, dict):
-            refuse("rope_scaling", scaling, "an object or null")
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind not in ("default", "llama3"):
-            refuse("rope_type", kind, "default, llama3")
-        llama3 = {key: number(key, scaling) for key in LLAMA3_ROPE} if kind == "llama3" else None
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        support(isinstance(rope, dict), "rope_scaling", rope, "an object or null")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        support(kind in ("default", "llama3"), "rope_type", kind, "default, llama3")
+        llama3 = {key: number(key, rope) for key in LLAMA3_ROPE} if kind == "llama3" else None
         # Mistral's window is on all layers; Qwen2 stores one that it does not use
         mistral, layers = family == "mistral", set(map(str, [*(raw.get("layer_types") or ())]))
-        if raw.get("use_sliding_window") or layers - {("full", "sliding")[mistral] + "_attention"}:
-            refuse("layer_types", sorted(layers), "full attention, or mistral's sliding_window")
-        if mistral and "sliding_window" not in raw:  # transformers would take 4096 here
-            refuse("sliding_window", "absent", "a number or null")
+        same = layers <= {("full", "sliding")[mistral] + "_attention"}
+        support(same and not raw.get("use_sliding_window"), "layer_types", sorted(layers),
+                "full attention, or mistral's sliding_window")
+        support(not mistral or "sliding_window" in raw,  # transformers would take 4096 here
+                "sliding_window", "absent", "a number or null")
         windowed = mistral and raw["sliding_window"] is not None
         if unknown := sorted(raw.keys() - KNOWN - FIXED.keys() - set(names)):
             print(f"warning: {name}: unknown keys: {', '.join(unknown)}", file=sys.stderr)
         bias = bool(raw.get("attention_bias"))
         return cls(
             **sizes, rms_norm_eps=number("rms_norm_eps"), rope_scaling=llama3,
-            rope_theta=number("rope_theta", {"rope_theta": 10000.0, **raw, **scaling}),
+            rope_theta=number("rope_theta", {"rope_theta": 10000.0, **raw, **rope}),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings")), qk_norm=family == "qwen3",
             qkv_bias=bias or family == "qwen2", o_bias=bias and family != "qwen2",
             sliding_window=number("sliding_window", kinds=(int,)) if windowed else None)
 
 
 # --- the layers -----------------------------------------------------------------------------------
-
-
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, the mean in float32 (arXiv 1910.07467)."""
 
@@ -273,8 +267,6 @@ class Llama(nn.Module):
 
 
 # --- loading --------------------------------------------------------------------------------------
-
-
 def read_json(path):
     """The JSON object in a file; ValueError that names the file when it is missing or no object."""
     try:

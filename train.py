@@ -24,9 +24,8 @@ from data import read_rows, show, split_valid
 from eval import auroc, best_f1_threshold, calibration_slope, score_metrics, table
 from model import load_llama
 
+
 # --- arguments ------------------------------------------------------------------------------------
-
-
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -94,8 +93,6 @@ def check_arguments(args):
 
 
 # --- data and schedule ----------------------------------------------------------------------------
-
-
 def load_data(args):
     """(training, validation) rows, validation thinned to --valid-rows by the seed."""
     rows = read_rows(args.data)
@@ -147,8 +144,6 @@ def schedule(step, steps, warmup):
 
 
 # --- validation -----------------------------------------------------------------------------------
-
-
 def sigmoid(z):
     return (1 + np.tanh(np.asarray(z) / 2)) / 2
 
@@ -185,8 +180,6 @@ def calibrate(y, z):
 
 
 # --- training -------------------------------------------------------------------------------------
-
-
 def train_step(model, optimizer, examples, args, share, device):
     """One optimizer step over `examples` in micro-batches -> (BCE, LM loss), each a mean."""
     n_tokens = sum(len(example.answer) for example in examples)
