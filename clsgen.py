@@ -35,6 +35,11 @@ from model import checkpoint_files, compare_tensors, disk_name, load_llama, read
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PEFT_PREFIX = "base_model.model."  # what peft puts before each name; else its names are ours
+PEFT_KEYS = set(  # of its adapter_config.json: used, or without effect on a trained adapter
+    "r lora_alpha target_modules use_rslora modules_to_save task_type auto_mapping peft_version"
+    " base_model_name_or_path revision inference_mode lora_dropout megatron_core qalora_group_size"
+    " runtime_config".split()
+)
 GOLDEN_TEXT = "The quick brown fox jumps over the lazy dog, 12 times out of 30."
 
 
@@ -136,9 +141,9 @@ def write_json(path, value):
     write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
-def write_tensors(path, tensors):
+def write_tensors(path, tensors, metadata=None):
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    write_atomically(path, save(tensors, {"format": "pt"}))
+    write_atomically(path, save(tensors, {"format": "pt"} | (metadata or {})))
 
 
 def adapter_tensors(model):
@@ -147,12 +152,32 @@ def adapter_tensors(model):
     return {PEFT_PREFIX + name: p.detach() for name, p in (groups["lora"] | groups["head"]).items()}
 
 
-def load_adapter(model, path):
+def read_adapter_config(folder):
+    """adapter_config.json of peft -> {"rank", "alpha", "targets"}; rslora's alpha / sqrt(rank) is
+    turned into an alpha / rank. ValueError names a setting that makes it more than plain LoRA."""
+    path = Path(folder) / "adapter_config.json"
+    raw = read_json(path)
+    due = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, False, "gaussian"]}
+    for key, value in raw.items():
+        if key not in PEFT_KEYS and value not in due.get(key, [None, False, {}, []]):
+            raise ValueError(f"{path}: {key} is {value!r}, which is not supported")
+    rank, alpha, targets = (raw.get(key) for key in ("r", "lora_alpha", "target_modules"))
+    fits = type(rank) is int and rank > 0 and type(alpha) in (int, float) and alpha > 0
+    if not (fits and isinstance(targets, list) and targets and set(targets) <= set(TARGETS)):
+        raise ValueError(f"{path}: r {rank!r}, lora_alpha {alpha!r}, target_modules {targets!r};"
+                         f" due are two numbers and a list out of {', '.join(TARGETS)}")
+    return {"rank": rank, "alpha": alpha * (rank**0.5 if raw.get("use_rslora") else 1.0),
+            "targets": [name for name in TARGETS if name in targets]}
+
+
+def load_adapter(model, path, need_head=True):
     """Copies a file of `adapter_tensors` into the model; ValueError names what does not fit."""
     try:
         tensors, own = load_file(path), adapter_tensors(model)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
+    if not need_head and PEFT_PREFIX + "score.weight" not in tensors:
+        del own[PEFT_PREFIX + "score.weight"]
     compare_tensors(*({name: t.shape for name, t in side.items()} for side in (own, tensors)), path)
     for name, tensor in tensors.items():
         own[name].copy_(tensor)

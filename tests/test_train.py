@@ -1,17 +1,22 @@
 """The training loop end to end on a tiny model: what it learns, writes, refuses, and repeats."""
 
 import json
+import os
+import random
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file
 
 import eval as evaluation
 from clsgen import load_run
-from train import calibrate, check_arguments, epoch_order, main, micro_batches
+from train import STATE, calibrate, check_arguments, epoch_order, main, micro_batches
 from train import parse, schedule
 
 
@@ -207,3 +212,121 @@ def test_evaluation_of_a_run_end_to_end(trained, rows_file, capsys):
     )
     with pytest.raises(ValueError, match="exists"):
         evaluation.main(command)
+
+
+# --- stopping and going on ------------------------------------------------------------------------
+def start(*command, module=(), **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, *module, ROOT / "train.py", *command]
+    return subprocess.Popen(
+        [*map(str, command)], env=environment, stderr=subprocess.PIPE, text=True, **options)
+
+
+def steps_done(out):
+    return (out / "log.jsonl").read_text().count('"tokens"') if (out / "log.jsonl").exists() else 0
+
+
+def wait_for(process, out, step):
+    while steps_done(out) < step and process.poll() is None:
+        time.sleep(0.005)
+
+
+def assert_same_run(run, due):
+    """Weights to the last byte, and the log but for its times."""
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (run / name).read_bytes() == (due / name).read_bytes()
+    logs = [[line | {"seconds": 0} for line in log_of(x)] for x in (run, due)]
+    assert logs[0] == logs[1]
+
+
+KILLS = int(os.environ.get("CLSGEN_KILLS", 5))
+
+
+def test_a_killed_run_ends_as_if_nothing_had_happened(tiny, rows_file, tmp_path):
+    """Fails if a save is ever half written or misses part of the state (moments, position, log),
+    or if a resumed run takes other rows. CLSGEN_KILLS=20 kills more often."""
+    due, out, chance = tmp_path / "due", tmp_path / "out", random.Random(time.time_ns())
+    flags = ["--save-every", 1, "--valid-every", 7, "--epochs", 30, "--keep-best"]
+    main(arguments(tiny, rows_file, due, *flags))
+    command = arguments(tiny, rows_file, out, *flags)
+    for _ in range(KILLS):
+        resume = ["--resume", out] if (out / STATE).exists() else [*command, "--overwrite"]
+        process = start(*resume)
+        wait_for(process, out, steps_done(out) + chance.randrange(1, 15))
+        time.sleep(chance.random() / 20)
+        process.kill()
+        process.communicate()
+    assert steps_done(out) > KILLS
+    process = start("--resume", out)
+    assert "error" not in process.communicate()[1]
+    assert_same_run(out, due)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
+        tiny, rows_file, tmp_path, number, code):
+    """Fails if the step under way is lost, another exit code comes, or the sentence is missing."""
+    out = tmp_path / "out"
+    process = start(*arguments(tiny, rows_file, out, "--epochs", 3000, "--save-every", 10**6))
+    wait_for(process, out, 3)
+    process.send_signal(number)
+    error = process.communicate()[1]
+    assert process.returncode == code and "Traceback" not in error
+    done = steps_done(out)
+    assert f"stopped after step {done}; --resume {out} goes on" in error
+    with pytest.raises(ValueError, match="epochs was 3000.0, is 1.0"):
+        main(["--resume", str(out), "--epochs", "1"])
+    with pytest.raises(ValueError, match="--resume .* or --overwrite"):
+        main(arguments(tiny, rows_file, out))
+
+
+def test_resume_refuses_what_changed_and_names_it(tiny, rows_file, tmp_path, capsys, monkeypatch):
+    """Fails if a run goes on with other rows, flags or base; or is stopped by what changes bits
+    only, the number of threads."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(rows_file.read_bytes())
+    main(arguments(tiny, rows, tmp_path / "run", "--epochs", 0.3))
+    with pytest.raises(ValueError, match="lr was 0.02, is 0.5"):
+        main(["--resume", str(tmp_path / "run"), "--lr", "0.5"])
+    monkeypatch.setattr("torch.get_num_threads", lambda: 77)
+    main(["--resume", str(tmp_path / "run")])
+    assert "is 77: the result may differ" in capsys.readouterr().out
+    rows.write_text(rows.read_text().replace("case 1:", "case 100:"))
+    with pytest.raises(ValueError, match="data_sha256 was"):
+        main(["--resume", str(tmp_path / "run")])
+    (tmp_path / "run" / STATE).write_bytes((tmp_path / "run" / STATE).read_bytes()[:-9])
+    with pytest.raises(ValueError, match="nothing to resume from"):
+        main(["--resume", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_not_taken(tiny, rows_file, tmp_path, what, monkeypatch):
+    """Fails if the weights of the last save are lost, or the rows are not named."""
+    main(arguments(tiny, rows_file, tmp_path / "run", "--epochs", 0.3))
+    saved = (tmp_path / "run" / STATE).read_bytes()
+    if what == "loss":
+        monkeypatch.setattr("train.joint_loss", lambda z, *_: [z.sum() * float("nan")] * 3)
+    else:
+        monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *_: float("nan"))
+    with pytest.raises(ValueError, match=rf"{what} is (nan|not finite); rows.*: r\d+, r\d+"):
+        main(arguments(tiny, rows_file, tmp_path / "other"))
+    assert not (tmp_path / "other" / "clsgen.json").exists()
+    assert (tmp_path / "run" / STATE).read_bytes() == saved
+
+
+def test_two_processes_take_the_step_that_one_takes(tiny, rows_file, tmp_path):
+    """Fails if ranks share rows, scale the loss otherwise, or count their own tokens only."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    outs = [tmp_path / name for name in ("one", "two")]
+    for epochs in (0.3, 4):  # one step, then a run
+        for out, module in zip(outs, ([], torchrun), strict=True):
+            more = ["--epochs", epochs, "--overwrite"]
+            process = start(*arguments(tiny, rows_file, out, *more), module=module)
+            assert process.communicate() and process.returncode == 0
+        if epochs < 1:  # after one step AdamW's first moment is a tenth of the gradient
+            one, two = (load_file(out / STATE) for out in outs)
+            for name in one:
+                if name.startswith("exp_avg."):
+                    torch.testing.assert_close(two[name], one[name], atol=1e-6, rtol=0)
+    one, two = ([x["valid"] for x in log_of(out) if "valid" in x][-1] for out in outs)
+    assert two == pytest.approx(one, rel=1e-3)
