@@ -132,10 +132,10 @@ def split_valid(rows, fraction, seed):
 
 # --- prompts --------------------------------------------------------------------------------------
 # Each frame: its special tokens (the last one ends an answer) and the prompt around {user}, which
-# is question, blank line, text. A tokenizer gets the first frame whose special tokens it has
-# (llama2, whose [INST] is plain text, by --format only).
-# They equal the models' own chat templates for [system, user] except: Llama-3.1's date header,
-# Qwen3's empty think block.
+# is question, blank line, text. A tokenizer gets the first frame whose special tokens it has (those
+# after plain, whose [INST] is plain text, by --format only). They equal the models' own chat
+# templates for [system, user] except: Llama-3.1's date header; Qwen3's empty think block; blanks
+# at the ends of a text, which Llama's templates strip.
 FRAMES = {
     "chatml": (
         ("<|im_start|>", "<|im_end|>"),
@@ -148,9 +148,10 @@ FRAMES = {
         "<|start_header_id|>user<|end_header_id|>\n\n{user}<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
     ),
-    "mistral": (("<s>", "[INST]", "[/INST]", "</s>"), "<s>[INST]{system}\n\n{user}[/INST]"),
+    "mistral": (("<s>", "[INST]", "[/INST]", "</s>"), "<s>[INST] {system}\n\n{user}[/INST]"),
     "plain": ((), "{system}\n\n{user}\n\nAnswer:\n"),
     "llama2": (("<s>", "</s>"), "<s>[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST]"),
+    "mistral-v1": (("<s>", "</s>"), "<s> [INST] {system}\n\n{user} [/INST]"),  # 7B v0.1, v0.2
 }
 
 
@@ -159,7 +160,7 @@ class Prompts:
 
     A row's text never acts as markup: plain text is encoded by a second tokenizer, the same one
     without its added tokens, so "<|im_end|>" in a text is ordinary characters. Where [INST] is no
-    token of its own (llama2), a space breaks it in the text.
+    token of its own (llama2, mistral-v1), a space breaks it in the text.
     """
 
     def __init__(self, folder, question=QUESTION, labels=("no", "yes"), format=None,
@@ -170,10 +171,14 @@ class Prompts:
         spec = read_json(path)
         try:
             self.tokenizer = Tokenizer.from_str(json.dumps(spec))
-            self.plain = Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
+            plain = json.dumps({**spec, "added_tokens": []})
+            self.plain = Tokenizer.from_str(plain)
+            # "first" puts a blank before a whole input only, never after a special token
+            first, never = (f'"prepend_scheme": "{scheme}"' for scheme in ("first", "never"))
+            self.inner = Tokenizer.from_str(plain.replace(first, never))
         except Exception as error:  # tokenizers raises nothing narrower
             raise ValueError(f"{path}: {error}") from None
-        for tokenizer in (self.tokenizer, self.plain):
+        for tokenizer in (self.tokenizer, self.plain, self.inner):
             tokenizer.no_padding()
             tokenizer.no_truncation()
         for key, due in (("vocab_size", max(self.tokenizer.get_vocab().values()) + 1),
@@ -215,7 +220,7 @@ class Prompts:
 
         def ids(part):
             if part not in specials:
-                return self._encode(part.replace("{system}", SYSTEM)).ids
+                return self._encode(part.replace("{system}", SYSTEM), self.format != "plain").ids
             if (index := self.tokenizer.token_to_id(part)) is None:
                 raise ValueError(f"format {self.format}: the tokenizer has no token {part}")
             return [index]
@@ -227,8 +232,9 @@ class Prompts:
         self.opening, self.closing = parts[at].replace("{system}", SYSTEM).split("{user}")
         self.opening += self.question + "\n\n"
 
-    def _encode(self, text):
-        return self.plain.encode(text, add_special_tokens=False)
+    def _encode(self, text, inner=False):
+        tokenizer = self.inner if inner else self.plain
+        return tokenizer.encode(text, add_special_tokens=False)
 
     def word(self, label):
         """The label's word with its first letter upper-cased: 1 -> "Yes"."""
@@ -241,9 +247,9 @@ class Prompts:
         "?\\n\\n" and what follows would give other tokens than together. The cut is made in the
         middle of the text, never in frame or question.
         """
-        if self.format == "llama2":
+        if FRAMES[self.format][0] == ("<s>", "</s>"):
             text = re.sub(r"(\[/?)(INST\])", r"\1 \2", text)
-        encoded = self._encode(self.opening + text + self.closing)
+        encoded = self._encode(self.opening + text + self.closing, self.format != "plain")
         ids, start = encoded.ids, len(self.opening)
         cut = max(0, len(self.before) + len(ids) + len(self.after) - self.max_prompt)
         if cut:

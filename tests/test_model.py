@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import CONFIG, write_model
+from conftest import CONFIG, ROOT, write_model
 from safetensors.torch import load_file, save_file
 
 from model import LlamaConfig, load_llama
@@ -29,6 +29,7 @@ VARIANTS = {
     "qwen2": {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 7},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
 }
+GOLDEN, GOLDEN_IDS = ROOT / "tests" / "golden.json", torch.arange(3, 43)[None] * 7 % 400
 
 
 def reference(folder):
@@ -62,6 +63,17 @@ def test_logits_equal_transformers_with_and_without_cache(name, tmp_path):
         logits = model.logits(model(token, cache, (lengths + step)[:, None]))
         for i, n in enumerate(lengths):
             torch.testing.assert_close(logits[i, 0], due[i][n + step], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_logits_equal_those_on_record(name, tmp_path):
+    """Fails as the test above does, without transformers: golden.py wrote the numbers down."""
+    write_model(tmp_path, **VARIANTS[name])
+    model = load_llama(tmp_path, torch.float32)
+    due = torch.tensor(json.loads(GOLDEN.read_text())["logits"][name])
+    logits = model.logits(model(GOLDEN_IDS))[0, -1, :8]
+    torch.testing.assert_close(logits, due, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
