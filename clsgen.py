@@ -31,7 +31,7 @@ from torch import nn
 from tqdm import tqdm
 
 from data import Prompts, collate, encode_rows, printable, read_rows
-from model import checkpoint_files, compare_tensors, disk_name, load_llama, read_json
+from model import Linear, checkpoint_files, compare_tensors, disk_name, load_llama, read_json
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PEFT_PREFIX = "base_model.model."  # what peft puts before each name; else its names are ours
@@ -44,7 +44,7 @@ GOLDEN_TEXT = "The quick brown fox jumps over the lazy dog, 12 times out of 30."
 
 
 # --- LoRA, the two heads, the joint loss ----------------------------------------------------------
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """y = x W^T + (alpha / rank) x A^T B^T, W frozen (arXiv 2106.09685). A is random and B zero, so
     that wrapping changes nothing. Both are float32, since small updates vanish in bfloat16; their
     products run in the base's dtype."""

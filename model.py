@@ -112,6 +112,13 @@ class LlamaConfig:
 
 
 # --- the layers -----------------------------------------------------------------------------------
+class Linear(nn.Linear):
+    """x W^T + b without initial values: the checkpoint has them, and drawing them takes seconds."""
+
+    def reset_parameters(self):
+        pass
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, the mean in float32 (arXiv 1910.07467)."""
 
@@ -166,10 +173,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim, q_size = c.head_dim, c.num_attention_heads * c.head_dim
         kv_size = c.num_key_value_heads * c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, q_size, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(q_size, c.hidden_size, bias=c.o_bias)
+        self.q_proj = Linear(c.hidden_size, q_size, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
+        self.o_proj = Linear(q_size, c.hidden_size, bias=c.o_bias)
         if c.qk_norm:
             self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
             self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
@@ -192,9 +199,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -219,11 +226,12 @@ class Llama(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.checkpointing = config, False
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        embedding = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def new_cache(self, rows, size):
         """Room for the keys and values of `size` tokens a row, (layers, 2, B, K, S, E). Prompts are
@@ -313,7 +321,7 @@ def load_llama(folder, dtype=torch.bfloat16, device="cpu"):
     path, files = Path(folder) / "config.json", checkpoint_files(folder)
     config = LlamaConfig.from_dict(read_json(path), path)
     with torch.device("meta"):  # shapes only: no memory is taken before the checkpoint fits
-        llama = Llama(config).to(dtype)
+        llama = Llama(config)
     # Tied checkpoints may repeat the embedding as lm_head; old ones store the rotary table
     unused = ("rotary_emb.inv_freq",) + ("lm_head.weight",) * config.tie_word_embeddings
     found, path_of = {}, {}
@@ -326,8 +334,9 @@ def load_llama(folder, dtype=torch.bfloat16, device="cpu"):
             raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
     due = {disk_name(name): parameter.shape for name, parameter in llama.named_parameters()}
     compare_tensors(due, found, folder)
-    llama.to_empty(device=device)
-    for name, parameter in llama.named_parameters():  # one at a time, cast as it is copied
+    state = {}
+    for name, _ in llama.named_parameters():  # one at a time, cast as it is copied
         with safe_open(path_of[disk_name(name)], "pt") as file:
-            parameter.data.copy_(file.get_tensor(disk_name(name)))
+            state[name] = file.get_tensor(disk_name(name)).to(device, dtype, copy=True)
+    llama.load_state_dict(state, assign=True)
     return llama.eval()

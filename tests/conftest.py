@@ -56,8 +56,8 @@ def write_tokenizer(folder, added=("<|endoftext|>", "<|im_start|>", "<|im_end|>"
 def write_model(folder, seed=0, **changes):
     """A random model of CONFIG with `changes`, as a Hugging Face folder; returns its config."""
     raw = {**CONFIG, **changes}
-    torch.manual_seed(seed)
     model = Llama(LlamaConfig.from_dict(raw))
+    torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():  # large enough that a swapped tensor shows
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3)

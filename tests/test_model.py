@@ -1,7 +1,11 @@
 """The transformer and its loading, against transformers and against what can go wrong on disk."""
 
+import gc
 import json
+import re
 import shutil
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,6 +145,31 @@ def test_dtype_on_disk_is_cast(tmp_path, dtype):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     due = tensors["model.norm.weight"].to(torch.bfloat16)
     assert torch.equal(model.norm.weight, due)
+
+
+def anonymous():
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_loading_takes_little_more_than_the_weights(tmp_path):
+    """Fails if two copies of the weights are ever in memory: peak at most 1.1 times their size."""
+    write_model(tmp_path, vocab_size=20000, hidden_size=512, intermediate_size=2048)
+    load_llama(tmp_path, torch.bfloat16)  # what is imported late does not count
+    gc.collect()
+    start, peaks, done = anonymous(), [], threading.Event()
+
+    def watch():
+        while not done.wait(0.0005):
+            peaks.append(anonymous() - start)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    model = load_llama(tmp_path, torch.bfloat16)
+    done.set()
+    thread.join()
+    size = sum(p.nbytes for p in model.parameters())
+    assert len(peaks) > 3 and 0.5 * size < max(peaks) < 1.1 * size
 
 
 BAD_CONFIGS = {
