@@ -391,11 +391,32 @@ def merge(run, base, out):
 
 
 def predict_file(run, args, choose):
-    """--data to --out, a line a row: the whole file, or what was there."""
-    rows = read_rows(args.data, labels=False)
-    records = run.predict(rows, not args.no_explain, args.batch, args.decide, choose, progress=True)
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    write_atomically(args.out, "".join(lines))
+    """--data to --out, a line a row. They gather in OUT.part, a chunk at a time and synced, so that
+    the same command goes on where it was stopped; its first line says what the command was."""
+    rows, part = read_rows(args.data, labels=False), args.out.with_name(args.out.name + ".part")
+    names = ("no_explain", "decide", "temperature", "top_p", "seed", "batch")
+    head = {"run": run.name, "data": hashlib.sha256(args.data.read_bytes()).hexdigest()}
+    head = (json.dumps(head | {name: getattr(args, name) for name in names}) + "\n").encode()
+    there = part.exists() and not args.overwrite
+    lines = part.read_bytes().splitlines(keepends=True) if there else []
+    if lines and lines[0] != head:
+        raise ValueError(f"{part} was begun with other arguments or data; --overwrite starts anew")
+    # Chunks, and the draws in them, are the same wherever the last call stopped
+    chunk, whole = 8 * args.batch, sum(line.endswith(b"\n") for line in lines[1:])
+    done = len(rows) if whole == len(rows) else whole // chunk * chunk
+    write_atomically(part, b"".join([head, *lines[1 : 1 + done]]))
+    with (open(part, "a", encoding="utf-8") as file,
+          tqdm(total=len(rows), initial=done, unit="row") as bar):
+        for start in range(done, len(rows), chunk):
+            choose.keywords["generator"].manual_seed(args.seed + start)
+            records = run.predict(rows[start : start + chunk], not args.no_explain, args.batch,
+                                  args.decide, choose)
+            file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in records)
+            file.flush()
+            os.fsync(file.fileno())
+            bar.update(len(records))
+    write_atomically(args.out, part.read_bytes().removeprefix(head))
+    part.unlink()
     print(f"{len(rows)} predictions in {args.out}")
 
 
@@ -432,7 +453,7 @@ def main(argv=None):
     add("command", nargs="?", choices=["predict", "merge"], default="predict")
     add("--run", required=True, help="a run folder of train.py, or a merged folder")
     add("--text", help="one text: prints its probability and streams the explanation")
-    add("--data", help="JSON Lines rows with `text`")
+    add("--data", type=Path, help="JSON Lines rows with `text`")
     add("--out", type=Path, help="predictions (JSON Lines), or the merged folder")
     add("--overwrite", action="store_true", help="replace the predictions in --out")
     add("--no-explain", action="store_true", help="probabilities only")

@@ -310,10 +310,10 @@ def restore(folder, trained, optimizer, config):
             optimizer.state[parameter] = {"step": tensors["step." + name]} | {
                 key: tensors[f"{key}.{name}"].to(parameter.device)
                 for key in ("exp_avg", "exp_avg_sq")}
-    lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
-    written = [line for line in lines if line.endswith("\n")]
-    kept = [line for line in written if json.loads(line).get("step", 0) <= state["step"]]
-    write_atomically(folder / "log.jsonl", "".join(kept))
+    lines = (folder / "log.jsonl").read_bytes().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]
+    kept = [line for line in whole if json.loads(line).get("step", 0) <= state["step"]]
+    write_atomically(folder / "log.jsonl", b"".join(kept))
     best = {name.removeprefix("best."): tensor for name, tensor in tensors.items()
             if name.startswith("best.")}
     return state, best
