@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from clsgen import (TARGETS, CLSGen, add_lora, choose_token, joint_loss, load_run, main, merge,
+from clsgen import (TARGETS, CLSGen, Run, add_lora, choose_token, joint_loss, load_run, main, merge,
                     write_atomically)
 from data import Example, Prompts, collate, encode_rows, printable
 from model import load_llama
@@ -331,6 +331,38 @@ def test_a_file_of_predictions(rows_file, rows, run, tmp_path):
     with pytest.raises(ValueError, match="exists"):
         main(command)
     main([*command, "--overwrite"])
+
+
+def test_a_stopped_prediction_goes_on_from_any_byte(rows, run, tmp_path, monkeypatch):
+    """Fails if a row is lost, doubled or computed again, or draws depend on where it stopped."""
+    data, out = tmp_path / "rows.jsonl", tmp_path / "p.jsonl"
+    data.write_text("".join(json.dumps(row | {"id": f"{row['id']}\u2028"}) + "\n" for row in rows))
+    command = f"--run {tmp_path / 'run'} --data {data} --out {out} --batch 1".split()
+    command += ["--temperature", "1"]
+    main(command)
+    due, part, predict, calls = out.read_bytes(), tmp_path / "p.jsonl.part", Run.predict, []
+    out.unlink()
+
+    def stop_at_the_third(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return predict(*arguments)
+
+    monkeypatch.setattr("clsgen.Run.predict", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        main(command)
+    begun = part.read_bytes()
+    assert begun.count(b"\n") == 1 + 16 and not out.exists()
+    with pytest.raises(ValueError, match="other arguments or data"):
+        main([*command, "--seed", "9"])
+    for size in (begun.index(b"\n") + 1, len(begun) // 2, len(begun) - 1, len(begun)):
+        part.write_bytes(begun[:size])
+        calls[:] = [None] * 3
+        main(command)
+        assert out.read_bytes() == due and not part.exists()
+        assert len(calls) - 3 == 5 - (begun[:size].count(b"\n") - 1) // 8, "chunks of 8 still to do"
+        out.unlink()
 
 
 @pytest.mark.parametrize("change", [
