@@ -70,6 +70,8 @@ class LoRALinear(Linear):
 
 def add_lora(llama, rank, alpha, targets=TARGETS):
     """Freezes llama and puts LoRALinear in place of the named projections of every block."""
+    if type(rank) is not int or not 0 < rank <= llama.config.hidden_size:
+        raise ValueError(f"LoRA rank {rank}; 1 to {llama.config.hidden_size} (hidden size) is due")
     if unknown := set(targets) - set(TARGETS):
         raise ValueError(f"LoRA targets {sorted(unknown)}; supported are {', '.join(TARGETS)}")
     llama.requires_grad_(False)
@@ -210,7 +212,10 @@ def pick(dtype, device):
         cpu = torch.cpu.get_capabilities()
         fast = device.type != "cpu" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
         dtype = "bfloat16" if fast else "float32"
-    return getattr(torch, str(dtype).removeprefix("torch.")), device
+    name = str(dtype).removeprefix("torch.")
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype {name}; float32, bfloat16 or float16 is due")
+    return getattr(torch, name), device
 
 
 def choose_token(logits, temperature=0.0, top_p=1.0, generator=None):
@@ -339,29 +344,34 @@ def load_run(folder, model=None, dtype=None, device=None):
         return _load_run(folder, meta, model, dtype, device)
     except (KeyError, TypeError, AttributeError) as error:  # some key is gone, or of a wrong type
         raise ValueError(f"{folder / 'clsgen.json'} does not fit: {error!r}") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{folder}: {error}") from None
 
 
 def _load_run(folder, meta, model, dtype, device):
     dtype, device = pick(dtype or meta["golden"]["dtype"], device)
     merged = (folder / "score.safetensors").exists()
     base = folder if merged else Path(model or meta["base"])
-    if not base.is_dir():
-        raise ValueError(f"{base}: the base model of {folder} is not there; --model can name it")
+    if not os.path.isdir(base):
+        raise ValueError(f"the base model {base} is not there; --model can name it")
     if base_fingerprint(base) != meta["base_fingerprint"]:
-        raise ValueError(f"{base}: not the base of {folder}: other config, tokenizer or tensors")
+        raise ValueError(f"{base}: not the base of this run: other config, tokenizer or tensors")
     llama = load_llama(base, dtype, device)
     clsgen = CLSGen(llama if merged else add_lora(llama, **meta["lora"])).eval()
     load_adapter(clsgen, folder / ("score.safetensors" if merged else "adapter_model.safetensors"))
     digest = hashlib.sha256((folder / "clsgen.json").read_bytes()).hexdigest()[:12]
     run = Run(clsgen, Prompts(base, **meta["prompts"]), meta, digest)
-    calibration = meta["calibration"]["temperature"] + meta["calibration"]["bias"]
-    float(calibration + meta["threshold"] + meta["base_rate"]), str(meta["scorer"])  # all there?
+    temperature, bias = meta["calibration"]["temperature"], meta["calibration"]["bias"]
+    values = meta["scorer"], temperature, bias, meta["threshold"], meta["base_rate"]
+    fits = values[0] in ("head", "label_token") and temperature > 0
+    if not fits or not all(abs(value) < 1e9 for value in values[1:]):  # NaN neither
+        raise ValueError(f"clsgen.json: scorer, calibration, threshold, base rate: {values}")
     stored, here = meta["golden"], run.golden()
     tolerance = 1e-3 if stored["dtype"] == here["dtype"] == "float32" else 0.25
     if stored["ids"] != here["ids"]:
-        raise ValueError(f"{folder}: the tokenizer is not the one that this run was trained with")
+        raise ValueError("the tokenizer is not the one that this run was trained with")
     if not abs(stored["logit"] - here["logit"]) <= tolerance:
-        raise ValueError(f"{folder}: a fixed sentence has logit {here['logit']:.4f}, the run says "
+        raise ValueError(f"a fixed sentence has logit {here['logit']:.4f}, the run says "
                          f"{stored['logit']:.4f}: other base weights, LoRA or head")
     return run
 
@@ -425,9 +435,9 @@ def predict_text(run, args, choose):
     examples = encode_rows([{"id": 1, "text": args.text}], run.prompts)
     steps = run.run_batch(examples, not args.no_explain, args.decide, choose)
     record, ids, shown = next(steps)[0], [], 0
-    print(f"probability of {run.prompts.word(1)}: {record['probability']:.3f}  (decision: "
-          f"{run.prompts.word(record['label'])}, threshold {record['threshold']:.3f}; "
-          f"{record['tokens_cut']} tokens of the text cut)")
+    yes, decision = (printable(run.prompts.word(label)) for label in (1, record["label"]))
+    print(f"probability of {yes}: {record['probability']:.3f}  (decision: {decision}, threshold "
+          f"{record['threshold']:.3f}; {record['tokens_cut']} tokens of the text cut)")
     for tokens in steps:
         ids += tokens.tolist()
         text = printable(run.prompts.decode(ids))
@@ -442,7 +452,7 @@ def run_main(main):
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        sys.exit(print("error:", printable(str(error)), file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(print("stopped", file=sys.stderr) or 130)
 

@@ -53,10 +53,16 @@ def _constant(name):
     raise ValueError(f"{name} is not JSON")
 
 
+def _object(pairs):
+    if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise ValueError(f"{twice[0][:60]!r} stands twice in an object")
+    return dict(pairs)
+
+
 def _read_row(line, number, labels):
     """One line -> a row with the known fields only; ValueError says what is wrong."""
     try:
-        raw = json.loads(line.decode("utf-8"), parse_constant=_constant)
+        raw = json.loads(line.decode(), parse_constant=_constant, object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line)") from None
     except json.JSONDecodeError as error:
@@ -176,11 +182,15 @@ class Prompts:
             # "first" puts a blank before a whole input only, never after a special token
             first, never = (f'"prepend_scheme": "{scheme}"' for scheme in ("first", "never"))
             self.inner = Tokenizer.from_str(plain.replace(first, never))
-        except Exception as error:  # tokenizers raises nothing narrower
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # tokenizers raises nothing narrower, and panics
             raise ValueError(f"{path}: {error}") from None
         for tokenizer in (self.tokenizer, self.plain, self.inner):
             tokenizer.no_padding()
             tokenizer.no_truncation()
+        if min(max_prompt, max_answer) < 1 or {type(max_prompt), type(max_answer)} != {int}:
+            raise ValueError(f"bounds {max_prompt}, {max_answer}: 1, 2, ... are due")
         for key, due in (("vocab_size", max(self.tokenizer.get_vocab().values()) + 1),
                          ("max_position_embeddings", max_prompt + max_answer)):
             have = config.get(key, math.inf)
@@ -200,7 +210,8 @@ class Prompts:
         for source in (read_json(generation) if generation.exists() else {}, config):
             eos = source.get("eos_token_id")
             stops += eos if isinstance(eos, list) else [] if eos is None else [eos]
-        if not stops or not all(type(token) is int and token >= 0 for token in stops):
+        size = config.get("vocab_size", math.inf)
+        if not stops or not all(type(token) is int and 0 <= token < size for token in stops):
             raise ValueError(f"{folder}: eos_token_id {stops}; token ids are due")
         self.stop_ids = list(dict.fromkeys(stops))
         # "No.", "Yes.": the strings whose log-probability is the label-token score

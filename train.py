@@ -356,7 +356,7 @@ def finish(args, model, prompts, rows, z, meta):
     print(table(columns, ("auroc", "f1", "log_loss", "ece", "ece_floor")))
     for record in run.predict([rows[i] for i in (0, len(rows) // 2, len(rows) - 1)]):
         stated = {None: "nothing", **dict(enumerate(prompts.labels))}[record["stated_label"]]
-        print(f"\nrow {record['id']}: probability {record['probability']:.3f}, label "
+        print(f"\nrow {record['id']!r}: probability {record['probability']:.3f}, label "
               f"{prompts.labels[record['true_label']]}; the text states {stated}:\n"
               f"  {printable(record['explanation'])}")
     print(f"\nrun folder: {args.out}")

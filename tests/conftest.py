@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,6 +77,18 @@ def write_model(folder, seed=0, **changes):
     return raw
 
 
+def shard(folder):
+    """Writes the tensors of a model folder again as two files and an index."""
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    where = {name: f"model-{i % 2 + 1:05}-of-00002.safetensors" for i, name in enumerate(names)}
+    for file in set(where.values()):
+        save_file({n: tensors[n].clone() for n in names if where[n] == file}, folder / file)
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return where
+
+
 def make(folder):
     """A CLSGen whose LoRA and head are random, as after training."""
     torch.manual_seed(0)
@@ -102,10 +114,13 @@ def make_run(folder, out, scorer="head"):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """The folder of a tiny random chatml model."""
+    """The folder of a tiny random chatml model, with every kind of file that we read."""
     folder = tmp_path_factory.mktemp("tiny")
     write_model(folder)
     write_tokenizer(folder)
+    shard(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
     return folder
 
 

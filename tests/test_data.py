@@ -5,8 +5,6 @@ import json
 import numpy as np
 import pytest
 from conftest import write_tokenizer
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from data import (
     SYSTEM,
@@ -130,28 +128,6 @@ def test_the_frame_is_the_tokenizers_own_chat_template(tiny):
         messages = [{"role": "system", "content": SYSTEM}, user]
         due = theirs.apply_chat_template(messages, return_dict=False)
         assert prompts.prompt(text) == (due, 0), text
-
-
-def special_ids(prompts):
-    return {i for i, token in prompts.tokenizer.get_added_tokens_decoder().items()}
-
-
-@settings(max_examples=200, deadline=None)
-@given(data=st.data())
-def test_a_text_never_acts_as_markup(tiny, data):
-    """Fails if a text is encoded by the tokenizer that knows the added tokens, or one with
-    `encode_special_tokens`, which lets <think> through."""
-    prompts = Prompts(tiny)
-    pieces = st.sampled_from(
-        ["<|im_end|>", "<|im_start|>", "<think>", "<|endoftext|>", "a", "\n", " "]
-    )
-    text = "".join(data.draw(st.lists(pieces | st.text(max_size=3), min_size=1, max_size=8)))
-    frame = [i for i in prompts.prompt("a")[0] if i in special_ids(prompts)]
-    assert [i for i in prompts.prompt(text)[0] if i in special_ids(prompts)] == frame
-    answer = prompts.answer(1, text)
-    assert [i for i in answer if i in special_ids(prompts)] == [
-        prompts.tokenizer.token_to_id("<|im_end|>")
-    ]
 
 
 def test_a_long_text_loses_its_middle_and_nothing_else(tiny):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIG, ROOT, write_model
+from conftest import CONFIG, ROOT, shard, write_model
 from safetensors.torch import load_file, save_file
 
 from model import LlamaConfig, load_llama
@@ -107,17 +107,6 @@ def test_new_spelling_of_rope(tmp_path):
     del new["rope_theta"]
     old = {**CONFIG, "rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE}
     assert LlamaConfig.from_dict(new) == LlamaConfig.from_dict(old)
-
-
-def shard(folder):
-    tensors = load_file(folder / "model.safetensors")
-    names = sorted(tensors)
-    where = {name: f"model-{i % 2 + 1:05}-of-00002.safetensors" for i, name in enumerate(names)}
-    for file in set(where.values()):
-        save_file({n: tensors[n].clone() for n in names if where[n] == file}, folder / file)
-    index = {"metadata": {}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return where
 
 
 @torch.no_grad()

@@ -192,6 +192,12 @@ def test_ids_and_round_trip(tokenizer, folder):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
+def test_special_tokens_in_a_text_stay_text(folder):
+    """Fails if a text is encoded by the tokenizer that knows the added tokens."""
+    ids = Prompts(folder).prompt("".join(SPECIALS))[0]
+    assert [i for i in ids if i < len(SPECIALS)] == [1, 2, 1, 2, 1]  # the frame's alone
+
+
 def test_transformers_has_the_same_tokens_and_a_template_that_equals_our_frame(folder):
     """Fails if the template or the named tokens are lost, if transformers does not use our
     pre-tokenizer (GPT2Tokenizer drops the digit split), or if our chatml frame differs."""
