@@ -223,7 +223,7 @@ def train_step(model, optimizer, examples, args, share, device, rank=0, ranks=1)
             loss, *parts = joint_loss(z, batch.labels, logits, batch.targets, len(examples),
                                       n_tokens, args.cls_weight, args.lm_weight)
             if not loss.isfinite():
-                raise ValueError(f"the loss is {loss.item()}; rows: {_ids(micro)}")
+                raise ValueError(f"the loss is {loss.item()}; rows: {[e.id for e in micro]}")
             (ranks * loss).backward()  # DistributedDataParallel takes the mean over the ranks
         bce, lm = bce + parts[0].item(), lm + parts[1].item()
     for group in optimizer.param_groups:
@@ -232,14 +232,11 @@ def train_step(model, optimizer, examples, args, share, device, rank=0, ranks=1)
         # mean, and would shrink LoRA's at random
         norm = torch.nn.utils.clip_grad_norm_(group["params"], args.clip)
         if not math.isfinite(norm):
-            raise ValueError(f"the gradient is not finite; rows of this step: {_ids(examples)}")
+            ids = [example.id for example in examples]
+            raise ValueError(f"the gradient is not finite; rows of this step: {ids}")
     optimizer.step()
     optimizer.zero_grad()
     return bce, lm
-
-
-def _ids(examples):
-    return ", ".join(printable(str(example.id)) for example in examples)
 
 
 def total(values, device):
@@ -304,15 +301,18 @@ def restore(folder, trained, optimizer, config):
         print(f"warning: {changed.pop(name)}: the result may differ in the last bits")
     if changed:
         raise ValueError(f"--resume {folder}: {'; '.join(changed.values())}")
-    for name, parameter in trained.items():
-        parameter.data.copy_(tensors["weight." + name])
-        if "step." + name in tensors:
-            optimizer.state[parameter] = {"step": tensors["step." + name]} | {
-                key: tensors[f"{key}.{name}"].to(parameter.device)
-                for key in ("exp_avg", "exp_avg_sq")}
-    lines = (folder / "log.jsonl").read_bytes().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith(b"\n")]
-    kept = [line for line in whole if json.loads(line).get("step", 0) <= state["step"]]
+    try:
+        for name, parameter in trained.items():
+            parameter.data.copy_(tensors["weight." + name])
+            if "step." + name in tensors:
+                optimizer.state[parameter] = {"step": tensors["step." + name]} | {
+                    key: tensors[f"{key}.{name}"].to(parameter.device)
+                    for key in ("exp_avg", "exp_avg_sq")}
+        lines = (folder / "log.jsonl").read_bytes().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n")]
+        kept = [line for line in whole if json.loads(line).get("step", 0) <= state["step"]]
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder}: {STATE} or log.jsonl does not fit: {error!r}") from None
     write_atomically(folder / "log.jsonl", b"".join(kept))
     best = {name.removeprefix("best."): tensor for name, tensor in tensors.items()
             if name.startswith("best.")}
@@ -362,10 +362,6 @@ def finish(args, model, prompts, rows, z, meta):
     print(f"\nrun folder: {args.out}")
 
 
-def sha256(path):
-    return path and hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-
 def main(argv=None):
     args = parse(argv)
     check_arguments(args)
@@ -406,9 +402,10 @@ def main(argv=None):
     config = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()
               if key not in ("out", "overwrite", "resume")}
     config |= {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "steps": steps,
-               "format": prompts.format, "ranks": ranks, "data_sha256": sha256(args.data),
-               "valid_sha256": sha256(args.valid), "base_sha256": base_fingerprint(args.model),
-               "threads": torch.get_num_threads(), "versions": versions()}
+               "format": prompts.format, "ranks": ranks, "threads": torch.get_num_threads(),
+               "base_sha256": base_fingerprint(args.model), "versions": versions()}
+    for path in filter(None, (args.data, args.valid)):
+        config[f"sha256 of {path}"] = hashlib.sha256(path.read_bytes()).hexdigest()
     state, best = {"config": config, "step": 0, "tokens": 0, "seconds": 0.0}, {}
     introduce(config, groups, train, valid, prompts)
     if args.resume:

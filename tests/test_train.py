@@ -288,11 +288,16 @@ def test_resume_refuses_what_changed_and_names_it(tiny, rows_file, tmp_path, cap
     main(arguments(tiny, rows, tmp_path / "run", "--epochs", 0.3))
     with pytest.raises(ValueError, match="lr was 0.02, is 0.5"):
         main(["--resume", str(tmp_path / "run"), "--lr", "0.5"])
+    log = tmp_path / "run" / "log.jsonl"
+    log.write_text(log.read_text() + "[1]\n")
+    with pytest.raises(ValueError, match="log.jsonl does not fit"):
+        main(["--resume", str(tmp_path / "run")])
+    log.write_text(log.read_text().replace("[1]\n", '{"step": 2, "half'))
     monkeypatch.setattr("torch.get_num_threads", lambda: 77)
     main(["--resume", str(tmp_path / "run")])
     assert "is 77: the result may differ" in capsys.readouterr().out
     rows.write_text(rows.read_text().replace("case 1:", "case 100:"))
-    with pytest.raises(ValueError, match="data_sha256 was"):
+    with pytest.raises(ValueError, match="sha256 of .*rows.jsonl was"):
         main(["--resume", str(tmp_path / "run")])
     (tmp_path / "run" / STATE).write_bytes((tmp_path / "run" / STATE).read_bytes()[:-9])
     with pytest.raises(ValueError, match="nothing to resume from"):
@@ -308,7 +313,7 @@ def test_a_step_that_is_not_finite_is_not_taken(tiny, rows_file, tmp_path, what,
         monkeypatch.setattr("train.joint_loss", lambda z, *_: [z.sum() * float("nan")] * 3)
     else:
         monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *_: float("nan"))
-    with pytest.raises(ValueError, match=rf"{what} is (nan|not finite); rows.*: r\d+, r\d+"):
+    with pytest.raises(ValueError, match=rf"{what} is (nan|not finite); rows.*: \['r\d+', 'r\d+'"):
         main(arguments(tiny, rows_file, tmp_path / "other"))
     assert not (tmp_path / "other" / "clsgen.json").exists()
     assert (tmp_path / "run" / STATE).read_bytes() == saved
