@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import eval as evaluation
 from clsgen import load_run
 from train import STATE, calibrate, check_arguments, epoch_order, main, micro_batches
-from train import parse, schedule
+from train import parse, read_state, schedule
 
 
 def arguments(tiny, rows_file, out, *more):
@@ -268,13 +268,15 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
         tiny, rows_file, tmp_path, number, code):
     """Fails if the step under way is lost, another exit code comes, or the sentence is missing."""
     out = tmp_path / "out"
-    process = start(*arguments(tiny, rows_file, out, "--epochs", 3000, "--save-every", 10**6))
+    rarely = ["--epochs", 3000, "--save-every", 10**6, "--valid-every", 10**6]
+    process = start(*arguments(tiny, rows_file, out, *rarely))
     wait_for(process, out, 3)
     process.send_signal(number)
     error = process.communicate()[1]
     assert process.returncode == code and "Traceback" not in error
     done = steps_done(out)
     assert f"stopped after step {done}; --resume {out} goes on" in error
+    assert read_state(out)[0]["step"] == done
     with pytest.raises(ValueError, match="epochs was 3000.0, is 1.0"):
         main(["--resume", str(out), "--epochs", "1"])
     with pytest.raises(ValueError, match="--resume .* or --overwrite"):
