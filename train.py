@@ -8,6 +8,7 @@ the base weights; log.jsonl has a line for every step and every validation.
 """
 
 import argparse
+import copy
 import json
 import math
 import time
@@ -21,7 +22,8 @@ from clsgen import TARGETS, CLSGen, Run, adapter_tensors, add_lora, base_fingerp
 from clsgen import pick, run_main, versions
 from data import DataError, Prompts, add_prompt_arguments, collate, encode_rows, printable
 from data import read_rows, show, split_valid
-from eval import auroc, best_f1_threshold, calibration_slope, score_metrics, table
+from eval import UNFITTED, auroc, best_f1_threshold, calibration_slope, collapse, reference_sums
+from eval import score_metrics, table
 from model import load_llama
 
 
@@ -166,6 +168,14 @@ def validate(model, examples, device, size):
     return {"bce": bce, "lm": lm, "auroc": auroc(y, sigmoid(z))}, z
 
 
+def watch_text(model, prompts, rows, size):
+    """The collapse meter: what a few rows' texts are like by now, 64 tokens of each at most."""
+    prompts = copy.copy(prompts)
+    prompts.max_answer = min(64, prompts.max_answer)
+    run = Run(model, prompts, UNFITTED)
+    return collapse(run.predict(rows, batch_size=size), reference_sums(run, rows, size))
+
+
 def calibrate(y, z):
     """(temperature, bias, sentence or None): sigmoid(z / T + b) by log loss (Platt 1999)."""
     try:
@@ -272,6 +282,7 @@ def main(argv=None):
     epochs = range(math.ceil(steps * args.batch / len(train)))
     order = np.concatenate([epoch_order(labels, args.seed, epoch) for epoch in epochs])
     every = args.valid_every or math.ceil(len(train) / args.batch)
+    few = sorted(valid_rows, key=lambda row: "explanation" not in row)[:8]
     config = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
     config |= {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "steps": steps,
                "format": prompts.format, "threads": torch.get_num_threads(), "versions": versions()}
@@ -297,9 +308,10 @@ def main(argv=None):
             bar.update()
             if step % every == 0 or step == steps:
                 measured, z = validate(model, valid, device, 4 * args.micro_batch)
+                measured |= watch_text(model, prompts, few, 4 * args.micro_batch)
                 write({"step": step, "valid": measured})
                 bar.write(f"step {step}: validation " + "  ".join(
-                    f"{name} {value:.4f}" for name, value in measured.items()))
+                    f"{name} {value:.4f}" for name, value in measured.items() if value is not None))
                 if not best or not args.keep_best or measured["bce"] < best[0]:
                     tensors = {name: t.clone() for name, t in adapter_tensors(model).items()}
                     best = measured["bce"], step, tensors, z
