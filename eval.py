@@ -560,7 +560,8 @@ def main(argv=None):
         predictions, scorers = score_run(run, rows, file_rows, score, args)
         prefix = f"{folder or 'zero-shot'} " if len(folders) > 1 else ""
         columns |= {prefix + name: metrics for name, metrics in scorers.items()}
-        lines += [json.dumps(one, ensure_ascii=False) + "\n" for one in predictions]
+        lines += [json.dumps(one | {"group": group}, ensure_ascii=False) + "\n"
+                  for one, group in zip(predictions, groups, strict=True)]
         write_atomically(args.out / "predictions.jsonl", "".join(lines))
         base_rate, run = run.meta["base_rate"], None  # room for the next one
     columns["majority"] = score([base_rate] * len(rows))
