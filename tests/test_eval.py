@@ -16,12 +16,11 @@ from sklearn.linear_model import LogisticRegression
 
 import eval as ev  # tests reach private names too
 import train
-from clsgen import CLSGen, LoRALinear, Run, add_lora, base_fingerprint, load_run
+from clsgen import TARGETS, CLSGen, LoRALinear, Run, add_lora, base_fingerprint, load_run
 from data import Prompts
 from model import load_llama
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-
 import comprehensiveness as comp  # noqa: E402
 import figures  # noqa: E402
 
@@ -37,10 +36,6 @@ def random_cases(count, seed=0):
         y = (rng.random(n) < rng.uniform(0.02, 0.98)).astype(int)
         y[rng.choice(n, 2, replace=False)] = 0, 1
         yield y, p
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
 
 
 def test_equal_to_scikit_learn():
@@ -79,13 +74,9 @@ def test_best_f1_threshold_beats_every_cut():
     ([1, 0, 0, 0], [0.1, 0.2, 0.2, 0.2], 2, (0.9 + 3 * 0.2) / 4),
 ])  # fmt: skip
 def test_ece_by_hand(y, p, bins, value):
-    """Fails if bins are of equal width, if tied rows are parted or go where the first of them
-    would, or if bins weigh the same."""
+    """Fails if bins are of equal width or weight, if ties are parted or go where the first of them
+    would, if a tie's end makes a 16th bin, or if bins differ by over a row."""
     assert ev.ece(y, p, bins) == pytest.approx(value)
-
-
-def test_ece_bins_hold_equal_shares():
-    """Fails if the rank is taken at a tie's end (a 16th bin), or if bins differ by over a row."""
     counts = np.bincount(ev._equal_mass_bins(np.random.default_rng(0).random(1000), 15))
     assert len(counts) == 15 and set(counts) <= {66, 67}
 
@@ -123,16 +114,16 @@ def test_calibration_slope():
     rng, cases = np.random.default_rng(4), []
     for case in range(150):
         x = rng.normal(0, (0.3, 1, 6)[case % 3], 80)
-        y = (rng.random(80) < sigmoid(0.5 * x + 0.4)).astype(int)
+        y = (rng.random(80) < train.sigmoid(0.5 * x + 0.4)).astype(int)
         if case % 5 == 0:  # all but one row parted by a cut
             y = (x > np.median(x)).astype(int)
             y[np.argsort(x)[38:40]] = 1, 0
         cases.append((case % 5 > 0, x, y))
     overshoots = np.repeat([-0.1, 0.01, 0.1, 10.0], [2, 1, 50, 1])
     for compare, x, y in [*cases, (False, overshoots, np.array([1, 1, 0, 1] + [0] * 50))]:
-        p = np.clip(sigmoid(x), 1e-7, 1 - 1e-7)
-        x, (slope, intercept) = np.log(p) - np.log1p(-p), ev.calibration_slope(y, sigmoid(x))
-        error = sigmoid(slope * x + intercept) - y
+        p = np.clip(train.sigmoid(x), 1e-7, 1 - 1e-7)
+        x, (slope, intercept) = np.log(p) - np.log1p(-p), ev.calibration_slope(y, train.sigmoid(x))
+        error = train.sigmoid(slope * x + intercept) - y
         assert abs(error.sum()) < 1e-6 and abs(error @ x) < 1e-6  # the likelihood's maximum
         if compare:
             model = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000).fit(x[:, None], y)
@@ -210,14 +201,12 @@ def test_bootstrap_draws_whole_groups():
     rng = np.random.default_rng(0)
     groups = [f"g{i}" for i in rng.integers(0, 8, 60)] + [None, None]
     keys = [group or i for i, group in enumerate(groups)]
-    members = [[i for i in range(62) if keys[i] == key] for key in set(keys)]
-    seen = []
+    members, seen = [[i for i in range(62) if keys[i] == key] for key in set(keys)], []
 
     def metric(y, p):
         counts = np.bincount(np.rint(p * 62).astype(int), minlength=62)
-        for rows_of_group in members:  # each group as a whole, as often for every row
-            assert len({counts[i] for i in rows_of_group}) == 1
-        assert sum(counts[rows_of_group[0]] for rows_of_group in members) == len(members)
+        assert all(len(set(counts[rows])) == 1 for rows in members)  # as often for every row
+        assert sum(counts[rows[0]] for rows in members) == len(members)
         seen.append(len(p))
         return 0.0
 
@@ -226,8 +215,8 @@ def test_bootstrap_draws_whole_groups():
 
 
 def test_bootstrap_interval():
-    """Fails if the limits are not the 2.5th and 97.5th percentile, if the seed is not used, or if
-    clusters make no difference. The reference is the normal approximation for a mean."""
+    """Fails if the limits are not the 2.5th and 97.5th percentile (compared with the normal one for
+    a mean), if the seed or clusters make no difference, or if one-class resamples do not count."""
     rng = np.random.default_rng(0)
     p, y = rng.random(400), rng.integers(0, 2, 400)
 
@@ -244,22 +233,17 @@ def test_bootstrap_interval():
     assert wide == pytest.approx(2 * narrow, rel=0.15)
     with pytest.raises(ValueError, match="one length"):
         ev.bootstrap_ci(ev.brier, y, p, groups[1:])
-
-
-def test_undefined_resamples_are_drawn_again():
-    """Fails if a resample of one class gets a value, or is not counted."""
-    y, p = np.array([0] * 9 + [1]), np.linspace(0, 1, 10)
-    limits, redrawn = ev.bootstrap({"auroc": (ev.auroc, p)}, y, None, 1000, 0)
     # (9/10)^10 = 35 % of the resamples miss the positive: about 1000 * .35 / .65 redrawn
+    last = np.arange(10) == 9
+    limits, redrawn = ev.bootstrap({"auroc": (ev.auroc, np.arange(10) / 9)}, last, None, 1000, 0)
     assert 430 < redrawn < 650 and limits["auroc"] == (1.0, 1.0)
 
 
 def test_differences_are_paired():
-    """Fails if the two scorers get resamples of their own, or if the sign is turned: with copies
-    of one score the interval is a point, and with a shifted score it is nearly one."""
+    """Fails if the two scorers get resamples of their own, or if the sign is turned."""
     y, p = list(random_cases(9, seed=3))[6]
     sums = np.stack((p * 7, np.ones(len(p))), axis=1)
-    first = {"auroc": p, "log_loss": p, "reference_nll": sums}
+    first = {"auroc": p, "log_loss": p, "reference_nll": sums}  # as `main` has it
     same = ev.score_metrics(y, p, draws=50, sums=sums, first=first)
     worse = ev.score_metrics(y, 1 - p, draws=50, sums=sums + [1, 0], first=first)
     for name in first:
@@ -272,8 +256,7 @@ def test_differences_are_paired():
 
 
 def test_repetition_by_hand():
-    """Fails if distinct-2 is a mean over texts, if rep-4 pools the texts, if case or punctuation
-    does not count as it should."""
+    """Fails if distinct-2 is a mean over texts, if rep-4 pools them, or if case parts words."""
     # bigrams: a b, b a, a b | A B -> 2 different of 4; no text has a 4-gram twice
     assert ev.repetition(["a b a b", "A B"]) == (0.5, 0.0)
     # 4-grams of "x x x x x x": three, one different; of "a b c d": one; mean of 2/3 and 0
@@ -286,10 +269,10 @@ def test_flesch_by_hand():
     """Fails if a silent e counts, if a decimal point ends a sentence, or if one sentence or
     collapsed text gets a mark."""
     # 6 words in 2 sentences; syllables the-1 home-1 was-1 / a-1 lit-tle-2 one-1
-    mark = 206.835 - 1.015 * 3 - 84.6 * 7 / 6
-    assert ev.flesch("The home was 3.5. A little one!") == pytest.approx(mark)
-    assert ev.flesch("The risk is high.") is ev.flesch("") is ev.flesch("... !? 3. 4.") is None
-    assert ev.flesch("It is bad. " * 9) is None
+    mark = pytest.approx(206.835 - 1.015 * 3 - 84.6 * 7 / 6)
+    assert ev.flesch("The home was 3.5. A little one!") == mark
+    for text in ("The risk is high.", "", "... !? 3. 4.", "It is bad. " * 9):
+        assert ev.flesch(text) is None
 
 
 def test_evidence_by_hand():
@@ -315,9 +298,9 @@ def test_metrics_of_a_score_and_its_texts():
     y, p = (rng.random(60) < true_p).astype(int), np.clip(true_p + rng.normal(0, 0.1, 60), 0, 1)
     true_p[:2] = np.nan
     result = ev.score_metrics(y, p, p >= 0.3, groups, 50, 0, true_p)
-    assert result["f1_half"] == pytest.approx(sk.f1_score(y, p >= 0.5))
-    assert result["f1"] == pytest.approx(sk.f1_score(y, p >= 0.3)) != result["f1_half"]
-    assert result["accuracy"] == pytest.approx(sk.accuracy_score(y, p >= 0.5))
+    due = [metric(y, p >= t) for metric, t in (
+        (sk.f1_score, 0.5), (sk.f1_score, 0.3), (sk.accuracy_score, 0.5))]
+    assert [result["f1_half"], result["f1"], result["accuracy"]] == pytest.approx(due)
     assert result["true_p_error"] == pytest.approx(np.abs(p - true_p)[2:].mean())
     assert result["intervals"]["auroc"] == ev.bootstrap_ci(ev.auroc, y, p, groups, 50, 0)
     head, sure = (p >= 0.5).astype(int), np.argsort(-np.abs(p - 0.5))
@@ -345,8 +328,7 @@ def test_metrics_of_a_score_and_its_texts():
 def test_nothing_to_measure_is_none():
     """Fails if an absent value becomes 0 or NaN instead of None (n/a in the table)."""
     texts = ev.text_metrics([], [], np.zeros((0, 3)), [{"text": "t", "label": 0}])
-    for key, value in texts.items():
-        assert value is None or (key.startswith("n_") and value == 0), key
+    assert {value for key, value in texts.items() if key[:2] != "n_"} == {None}
     one = ev.score_metrics([0, 1] * 6, np.full(12, 0.5), draws=5)
     assert one["true_p_error"] is one["slope"] is None
     shown = ev.table({"x": one | texts, "y": {"auroc": 0.25, "calibrated": True}},
@@ -358,8 +340,7 @@ def test_nothing_to_measure_is_none():
 
 @pytest.fixture(scope="module")
 def runs(tiny, rows_file, tmp_path_factory):
-    """A folder with two runs of random LoRA and head, one by its head, one by the label token;
-    and in `out` the results of comparing them."""
+    """A folder with two runs of random LoRA and head; in `out` the results of comparing them."""
     folder = tmp_path_factory.mktemp("runs")
     for seed, (name, scorer) in enumerate((("joint", "head"), ("lm", "label_token"))):
         torch.manual_seed(seed)
@@ -367,15 +348,14 @@ def runs(tiny, rows_file, tmp_path_factory):
         for key, parameter in model.named_parameters():
             if "lora_B" in key:
                 torch.nn.init.normal_(parameter, std=0.2)
-        prompts, lora = Prompts(tiny, max_answer=12), {"rank": 4, "alpha": 8.0}
+        prompts, lora = Prompts(tiny, max_answer=12), {"rank": 4, "alpha": 8, "targets": TARGETS}
+        meta = {"base": str(tiny), "base_fingerprint": base_fingerprint(tiny), "lora": lora,
+                "scorer": scorer, "threshold": 0.6, "base_rate": 0.4, "prompts": prompts.settings(),
+                "calibration": {"temperature": 2.0, "bias": 0.5}}
         (folder / name).mkdir()
-        Run(model, prompts, {
-            "base": str(tiny), "base_fingerprint": base_fingerprint(tiny), "scorer": scorer,
-            "prompts": prompts.settings(), "lora": lora | {"targets": list(train.TARGETS)},
-            "threshold": 0.6, "base_rate": 0.4,
-            "calibration": {"temperature": 2.0, "bias": 0.5}}).save(folder / name)
-    call = ["--run", folder / "joint", "--run", folder / "lm", "--model", tiny, "--batch", 7]
-    ev.main(list(map(str, [*call, "--data", rows_file, "--out", folder / "out", "--draws", 20])))
+        Run(model, prompts, meta).save(folder / name)
+    ev.main(f"--run {folder}/joint --run {folder}/lm --model {tiny} --data {rows_file} --batch 7 "
+            f"--draws 20 --out {folder}/out".split())
     return folder
 
 
@@ -401,8 +381,7 @@ def test_reference_sums(runs, rows, tiny):
         nll = F.nll_loss(ours, torch.tensor(answer), reduction="sum").item()
         kl = F.kl_div(theirs, ours, log_target=True, reduction="sum").item()
         assert found == pytest.approx([nll, kl, len(answer)], rel=1e-4) and kl > 1
-    run.model = CLSGen(base)
-    run.llama = base  # without LoRA, as after `merge`
+    run.model, run.llama = CLSGen(base), base  # without LoRA, as after `merge`
     assert ev.collapse([], ev.reference_sums(run, rows, 7))["base_kl"] is None
 
 
@@ -419,8 +398,9 @@ def test_one_command_compares(runs, rows, monkeypatch):
     assert [one["run"] for one in predictions[::40]] == [
         load_run(runs / "joint").name, load_run(runs / "lm").name, "zero-shot"]
     assert [one["group"] for one in predictions] == [row["group"] for row in rows] * 3
-    own, joint = metrics[names[0]], metrics["zero-shot label token"]
-    assert joint["auroc_difference"] == joint["auroc"] - own["auroc"] and not own.get("auroc_d")
+    own, *others = metrics.values()
+    due = [one["auroc"] - own["auroc"] for one in others]
+    assert [one["auroc_difference"] for one in others] == due and "auroc_difference" not in own
     run = load_run(runs / "joint")
     monkeypatch.setattr(LoRALinear, "off", True)
     due = [one["label_token_probability"] for one in run.predict(rows, explain=False)]
@@ -430,33 +410,29 @@ def test_one_command_compares(runs, rows, monkeypatch):
 def test_rows_explain_and_the_results_folder(runs, rows_file, capsys):
     """Fails if --rows takes the head of the file, if --explain explains others than the first of
     the shuffle, if results are replaced without --overwrite, or if a bad flag gets through."""
-    call = ["--run", str(runs / "lm"), "--data", str(rows_file), "--draws", "20"]
+    call = f"--run {runs / 'lm'} --data {rows_file} --draws 20 ".split()
     ev.main([*call, "--rows", "30", "--explain", "10"])
     report, predictions = read(runs / "lm" / "eval" / "rows")
     assert list(report["metrics"]) == ["label token", "raw", "majority"] and report["n"] == 30
     order = np.random.default_rng(0).permutation(40)[:30]
     assert [one["id"] for one in predictions] == [f"r{i}" for i in order]
     assert [one["explanation"] is not None for one in predictions] == [True] * 10 + [False] * 20
-    shown = f"{report['metrics']['raw']['auroc']:.3f} ["
-    assert shown in capsys.readouterr().out and report["metrics"]["label token"]["seconds"] > 0
-    for more, reason in (([], "--overwrite"), (["--rows", "0"], "at least"),
-                         (["--explain", "-1"], "at least"), (["--batch", "0"], "at least"),
-                         (["--draws", "0"], "at least"), (call[:2], "twice"),
-                         (["--overwrite", "--run", "nowhere"], "nowhere")):
+    assert f"{report['metrics']['raw']['auroc']:.3f} [" in capsys.readouterr().out
+    for more, reason in (("", "--overwrite"), ("--rows 0", "least"), ("--explain -1", "least"),
+                         ("--batch 0", "least"), ("--draws 0", "least"), (" ".join(call[:2]),
+                         "twice"), ("--overwrite --run nowhere", "nowhere")):
         with pytest.raises(ValueError, match=reason):
-            ev.main([*call, *more])
+            ev.main([*call, *more.split()])
 
 
 def test_the_collapse_meter_only_watches(tiny, rows_file, tmp_path, monkeypatch):
-    """Fails if the meter moves a weight or a random number, or writes without bound."""
-    flags = "--epochs 1 --dtype float32 --rank 4 --valid-fraction 0.3 --max-answer 80".split()
-    for name in ("with", "without"):
-        files = ["--data", rows_file, "--model", tiny, "--out", tmp_path / name]
-        train.main([*map(str, files), *flags])
+    """Fails if the meter moves a weight or a random number, or is not in the log."""
+    for name in "ab":
+        train.main(f"--data {rows_file} --model {tiny} --out {tmp_path / name} --epochs 1 --rank 4 "
+                   "--dtype float32 --valid-fraction 0.3".split())
         monkeypatch.setattr(train, "watch_text", lambda *args: {})
-    one, other = ((tmp_path / name / "adapter_model.safetensors").read_bytes()
-                  for name in ("with", "without"))
-    valid = json.loads((tmp_path / "with" / "log.jsonl").read_text().splitlines()[-1])["valid"]
+    one, other = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab")
+    valid = json.loads((tmp_path / "a" / "log.jsonl").read_text().splitlines()[-1])["valid"]
     assert one == other and valid["base_kl"] > 0 and valid["parsable"] is not None
 
 
@@ -467,37 +443,39 @@ def test_comprehensiveness():
     cited = comp.cited_words(text, "Heart failure. A patient without family support.")
     assert cited.tolist() == [0, 1, 1, 0, 1, 1, 0]  # history heart failure patient family ...
     assert comp.without(text, cited) == "There is a history of , and the patient has no at home."
+    assert comp.random_words(cited, np.random.default_rng(0)) is None  # no room for two
     for seed in range(20):
+        cited = np.arange(20) % 15 < 2
         drawn = comp.random_words(cited, np.random.default_rng(seed))
-        assert drawn is None or not (drawn & cited).any() and drawn.sum() == 4
-    assert comp.random_words(np.array([1, 1, 0], bool), np.random.default_rng(0)) is None
+        assert not (drawn & cited).any() and drawn.sum() == 4
 
-    class Run:
+    class Fake:  # as a run, and as arguments
+        seed, batch, draws = 0, 4, 20
+
         def predict(self, texts, **_):
             return [{"probability": 0.1 + 0.8 * ("heart failure" in text)} for text in texts]
 
-    class args:
-        seed, batch, draws = 0, 4, 20
-
-    words = " calm quiet ward evening" * 3
-    rows = [{"text": "heart failure" + words}, {"text": "no sign of it" + words}] * 9
+    rows = [{"text": "heart failure" + " calm quiet ward evening" * 3}] * 27
     records = [{"probability": 0.9, "explanation": "Heart failure."},
+               {"probability": 0.2, "explanation": "Heart failure."},
                {"probability": 0.1, "explanation": "Calm."}] * 9
-    found = comp.measure(Run(), rows, records, args)
-    assert found["difference"] == found["comprehensiveness"] == pytest.approx(0.8)
-    assert (found["rows"], found["rows_uncited"], found["rows_no_room"]) == (9, 9, 0)
+    found = comp.measure(Fake(), rows, records, Fake)
+    # p .9 falls by .8, at random by 0; p .2, decided as 0, by .1 - .2, at random by .9 - .2
+    falls = found["comprehensiveness"], found["random_fall"], found["difference"]
+    assert falls == pytest.approx((0.35, 0.35, 0), abs=1e-12)
+    assert (found["rows"], found["rows_uncited"], found["rows_no_room"]) == (18, 9, 0)
 
 
 def test_figures(runs, tmp_path, monkeypatch):
     """Fails if a figure is missing, if one is replaced unasked, or if a missing matplotlib ends in
     a traceback."""
     call = [str(runs / "out" / "eval.json"), "--out", str(tmp_path)]
-    if pytest.importorskip("matplotlib"):
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="pip install matplotlib"):
+        patch.setitem(sys.modules, "matplotlib", None)
         figures.main(call)
-        for name in ("reliability", "roc", "risk_coverage"):
-            assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-        with pytest.raises(ValueError, match="--overwrite"):
-            figures.main(call)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match="pip install matplotlib"):
-        figures.main([*call, "--overwrite"])
+    pytest.importorskip("matplotlib")
+    figures.main(call)
+    assert {path.name for path in tmp_path.iterdir() if path.read_bytes()[:4] == b"\x89PNG"} == {
+        "reliability.png", "roc.png", "risk_coverage.png"}
+    with pytest.raises(ValueError, match="--overwrite"):
+        figures.main(call)
