@@ -532,15 +532,10 @@ def score_run(run, rows, file_rows, score, args):
     return predictions, scorers | ({"label token": score(token)} if head else {})
 
 
-def main(argv=None):
-    args, start = parse(argv), time.perf_counter()
-    rows = file_rows = read_rows(args.data)
-    if args.rows is not None or args.explain is not None:
-        order = np.random.default_rng(args.seed).permutation(len(file_rows))
-        rows = [file_rows[i] for i in order[: args.rows]]
+def evaluate(args, rows, file_rows):
+    """{scorer: metrics} of the runs, the base model and the majority; writes the predictions."""
     y, groups = [row["label"] for row in rows], [row.get("group") for row in rows]
     true_p = np.array([row.get("probability", np.nan) for row in rows])
-    _check(y, y, need=(0, 1))  # before the model works for minutes
     folders, first = args.run + [None] * bool(args.model), {}
     for folder in folders[1:]:
         load_scorer(folder, args)  # what does not load says so now, not after hours
@@ -549,7 +544,7 @@ def main(argv=None):
     def score(p, decisions=None, sums=None):
         sums = sums[:, [0, 2]] if sums is not None and sums.any() else None
         metrics = score_metrics(y, p, decisions, groups, args.draws, args.seed, true_p, sums, first)
-        if not first:
+        if not first:  # what all others are compared with
             first.update({"auroc": p, "log_loss": p})
             first.update({} if sums is None else {"reference_nll": sums})
         return {"calibrated": False} | metrics
@@ -564,13 +559,23 @@ def main(argv=None):
                   for one, group in zip(predictions, groups, strict=True)]
         write_atomically(args.out / "predictions.jsonl", "".join(lines))
         base_rate, run = run.meta["base_rate"], None  # room for the next one
-    columns["majority"] = score([base_rate] * len(rows))
+    return columns | {"majority": score([base_rate] * len(rows))}
 
-    n_groups, known = len(set(group_numbers(groups, len(y)))), ~np.isnan(true_p)
+
+def main(argv=None):
+    args, start = parse(argv), time.perf_counter()
+    rows = file_rows = read_rows(args.data)
+    if args.rows is not None or args.explain is not None:
+        order = np.random.default_rng(args.seed).permutation(len(file_rows))
+        rows = [file_rows[i] for i in order[: args.rows]]
+    y, known = [row["label"] for row in rows], [row for row in rows if "probability" in row]
+    _check(y, y, need=(0, 1))  # before the model works for minutes
+    columns = evaluate(args, rows, file_rows)
+    n_groups = len(set(group_numbers([row.get("group") for row in rows], len(rows))))
+    true = ([row[key] for row in known] for key in ("label", "probability"))
     report = {"metrics": columns, "n": len(rows), "positives": sum(y), "groups": n_groups,
-              "bayes_auroc": _or_none(auroc, np.array(y)[known], true_p[known]),
-              "seconds": time.perf_counter() - start, "arguments": vars(args),
-              "versions": versions()}
+              "bayes_auroc": _or_none(auroc, *true), "seconds": time.perf_counter() - start,
+              "arguments": vars(args), "versions": versions()}
     write_atomically(args.out / "eval.json", json.dumps(report, indent=1, default=str) + "\n")
     print(f"\n{args.data}: {len(rows)} rows, {sum(y)} positive, {n_groups} groups; [95 % interval, "
           f"groups resampled {args.draws} times]")
