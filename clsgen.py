@@ -49,6 +49,8 @@ class LoRALinear(Linear):
     that wrapping changes nothing. Both are float32, since small updates vanish in bfloat16; their
     products run in the base's dtype."""
 
+    off = False  # True leaves the base model, for every layer at once
+
     def __init__(self, base, rank, alpha):
         super().__init__(base.in_features, base.out_features, device="meta")
         self.weight, self.bias, self.scale = base.weight, base.bias, alpha / rank
@@ -59,6 +61,8 @@ class LoRALinear(Linear):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x):
+        if self.off:
+            return super().forward(x)
         small = F.linear(x, self.lora_A.weight.to(x.dtype))
         return super().forward(x) + F.linear(small, (self.scale * self.lora_B.weight).to(x.dtype))
 

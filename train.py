@@ -10,6 +10,7 @@ the base weights; log.jsonl has a line for every step and every validation.
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -31,7 +32,8 @@ from clsgen import TARGETS, CLSGen, Run, add_lora, base_fingerprint, joint_loss,
 from clsgen import pick, read_adapter_config, run_main, versions, write_atomically, write_tensors
 from data import DataError, Prompts, add_prompt_arguments, collate, encode_rows, printable
 from data import read_rows, show, split_valid
-from eval import auroc, best_f1_threshold, calibration_slope, score_metrics, table
+from eval import UNFITTED, auroc, best_f1_threshold, calibration_slope, collapse, reference_sums
+from eval import score_metrics, table
 from model import load_llama
 
 STATE = Path("resume") / "state.safetensors"  # in the run folder: what --resume goes on from
@@ -194,6 +196,14 @@ def validate(model, examples, device, size):
         z[indices] = logit.cpu()
     y = [example.label for example in examples]
     return {"bce": bce, "lm": lm, "auroc": auroc(y, sigmoid(z))}, z
+
+
+def watch_text(model, prompts, rows, size):
+    """The collapse meter: what a few rows' texts are like by now, 64 tokens of each at most."""
+    prompts = copy.copy(prompts)
+    prompts.max_answer = min(64, prompts.max_answer)
+    run = Run(model, prompts, UNFITTED)
+    return collapse(run.predict(rows, batch_size=size), reference_sums(run, rows, size))
 
 
 def calibrate(y, z):
@@ -399,6 +409,7 @@ def main(argv=None):
     epochs = range(math.ceil(steps * args.batch / len(train)))
     order = np.concatenate([epoch_order(labels, args.seed, epoch) for epoch in epochs])
     every = args.valid_every or math.ceil(len(train) / args.batch)
+    few = sorted(valid_rows, key=lambda row: "explanation" not in row)[:8]
     config = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()
               if key not in ("out", "overwrite", "resume")}
     config |= {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "steps": steps,
@@ -436,9 +447,11 @@ def main(argv=None):
             bar.update()
             if due := step % every == 0 or step == steps:
                 measured, z = validate(model, valid, device, 4 * args.micro_batch)
+                measured |= watch_text(model, prompts, few, 4 * args.micro_batch)
                 print(json.dumps({"step": step, "valid": measured}), file=log, flush=True)
                 bar.write(f"step {step}: validation " + "  ".join(
-                    f"{name} {value:.4f}" for name, value in measured.items()))
+                    f"{name} {measured[name]:.4f}" for name in ("bce", "lm", "auroc", "base_kl")
+                    if measured.get(name) is not None))
                 if not best or not args.keep_best or measured["bce"] < state["best_bce"]:
                     kept = trained if args.keep_best else {}
                     best = {name: p.detach().clone() for name, p in kept.items()}
