@@ -14,13 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from model import LlamaConfig, load_llama
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 VARIANTS = {
     "tied": {},
     "untied": {"tie_word_embeddings": False},
@@ -115,10 +110,8 @@ def test_shards_of_the_index_and_nothing_else(tmp_path):
     write_model(tmp_path)
     whole = load_llama(tmp_path, torch.float32)
     shard(tmp_path)
-    poison = {
-        name: t * float("nan") for name, t in load_file(tmp_path / "model.safetensors").items()
-    }
-    save_file(poison, tmp_path / "model.safetensors")
+    path = tmp_path / "model.safetensors"
+    save_file({name: t * float("nan") for name, t in load_file(path).items()}, path)
     ids = torch.arange(3, 20)[None]
     assert torch.equal(load_llama(tmp_path, torch.float32)(ids), whole(ids))
 
@@ -162,19 +155,11 @@ def test_loading_takes_little_more_than_the_weights(tmp_path):
 
 
 BAD_CONFIGS = {
-    "model_type": "gemma",
-    "hidden_act": "gelu",
-    "quantization_config": {"bits": 4},
-    "rope_scaling": {"rope_type": "yarn", "factor": 2.0},
-    "hidden_size": "32",
-    "rms_norm_eps": None,
-    "num_key_value_heads": 3,
-    "num_hidden_layers": 0,
-    "mlp_bias": True,
-    "rope_theta": float("inf"),
-    "layer_types": ["full_attention", "sliding_attention"],
-    "vocab_size": True,
-    "head_dim": 7,
+    "model_type": "gemma", "hidden_act": "gelu", "quantization_config": {"bits": 4},
+    "rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "hidden_size": "32",
+    "rms_norm_eps": None, "num_key_value_heads": 3, "num_hidden_layers": 0, "mlp_bias": True,
+    "rope_theta": float("inf"), "layer_types": ["full_attention", "sliding_attention"],
+    "vocab_size": True, "head_dim": 7, "intermediate_size": 2**24,
 }
 
 
@@ -200,11 +185,14 @@ def break_checkpoint(folder, how):
         path.write_bytes(path.read_bytes()[:-100])
     elif how == "gone":
         path.unlink()
-    elif how == "index":
-        where = shard(folder)
-        where["model.norm.weight"] = "../other.safetensors"
+    elif how in ("path", "absolute path"):  # to files that are there
+        shutil.copy(path, folder.parent / "other.safetensors")
+        where, other = shard(folder), folder.parent / "other.safetensors"
+        where["model.norm.weight"] = str(other) if how != "path" else "../other.safetensors"
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     else:
+        if how == "integers":
+            tensors["model.norm.weight"] = tensors["model.norm.weight"].int()
         if how in ("missing", "all three"):
             del tensors["model.layers.1.mlp.up_proj.weight"]
         if how in ("surplus", "all three"):
@@ -214,24 +202,23 @@ def break_checkpoint(folder, how):
         save_file(tensors, path)
 
 
-@pytest.mark.parametrize(
-    "how, words",
-    [
-        ("truncated", ["model.safetensors"]),
-        ("gone", ["model.safetensors is missing"]),
-        ("index", ["index.json", "weight_map"]),
-        ("missing", ["missing model.layers.1.mlp.up_proj.weight"]),
-        ("surplus", ["surplus model.layers.2.mlp.up_proj.weight"]),
-        ("shape", ["model.norm.weight is [31], due is [32]"]),
-        ("all three", ["missing model", "surplus model", "is [31]"]),
-    ],
-)
+@pytest.mark.parametrize("how, words", [
+    ("truncated", ["model.safetensors"]),
+    ("gone", ["model.safetensors is missing"]),
+    ("path", ["index.json", "weight_map"]),
+    ("absolute path", ["index.json", "weight_map"]),
+    ("integers", ["model.norm.weight is stored as I32"]),
+    ("missing", ["missing model.layers.1.mlp.up_proj.weight"]),
+    ("surplus", ["surplus model.layers.2.mlp.up_proj.weight"]),
+    ("shape", ["model.norm.weight is [31], due is [32]"]),
+    ("all three", ["missing model", "surplus model", "is [31]"]),
+])
 def test_broken_checkpoints_are_named(tmp_path, how, words):
     """Fails if a load passes with a tensor missing or renamed, or the error names one of many."""
-    write_model(tmp_path)
-    break_checkpoint(tmp_path, how)
+    write_model(tmp_path / "m")
+    break_checkpoint(tmp_path / "m", how)
     with pytest.raises(ValueError) as error:
-        load_llama(tmp_path)
+        load_llama(tmp_path / "m")
     assert all(word in str(error.value) for word in words), error.value
 
 
