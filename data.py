@@ -453,7 +453,8 @@ def faults(text, row, args):
         "length": args.words[0] <= len(text.split()) <= args.words[1],
         "unfinished": text.rstrip("\"')”’").endswith((".", "!", "?", "。")),
         "loop": (repetition([text])[1] or 0) <= 0.2,
-        "prompt": not shingles(text) & shingles(f"{SYSTEM} {INSTRUCTION}"),
+        "prompt": not shingles(text) & shingles(f"{SYSTEM} {INSTRUCTION}")
+                  and args.question.lower() not in text.lower(),
         "markup": not MARKUP.search(text),
     }
     return [name for name, good in passed.items() if not good]
@@ -581,16 +582,19 @@ def explain_batch(rows, write, score, args):
 
 def resume(args, rows):
     """The rows that --out has, after a half-written last line is cut off. ValueError, and nothing
-    is touched, where other arguments or rows began it."""
+    is touched, where it was begun with other arguments or rows."""
     if not args.out.exists():
         return []
-    content = args.out.read_bytes()
+    content, done = args.out.read_bytes(), []
     whole = content[: content.rfind(b"\n") + 1]
-    done = [_read_row(line, number, True) for number, line in enumerate(whole.splitlines(), 1)]
-    began = [row.get("explanation_source", {}).get("arguments") for row in done]
-    for row, new, arguments in zip(rows, done, began, strict=False):
-        if row["id"] != new["id"] or ("explanation" not in row and arguments != args.fingerprint):
-            raise ValueError(f"{args.out}: row {new['id']!r} is of other arguments or other data")
+    for number, line in enumerate(whole.splitlines(), 1):
+        row = _read_row(line, number, labels=True)
+        given = rows[number - 1] if number <= len(rows) else {"id": None}
+        began = row.get("explanation_source", {}).get("arguments")
+        if row["id"] != given["id"] or not ("explanation" in given or began == args.fingerprint):
+            raise ValueError(f"{args.out}:{number}: written with other arguments or for other "
+                             "rows; give another --out")
+        done.append(row)
     os.truncate(args.out, len(whole))
     return done
 
@@ -600,7 +604,7 @@ def report(rows, labels):
     from eval import auroc
 
     def counts(values):
-        return ", ".join(f"{name} {n}" for name, n in Counter(values).most_common()) or "none"
+        return ", ".join(f"{name}: {n}" for name, n in sorted(Counter(values).items())) or "none"
 
     shares, zero_shot = [], [row["explanation_source"]["zero_shot"] for row in rows]
     for label, word in enumerate(labels):
@@ -612,7 +616,7 @@ def report(rows, labels):
         shares.append(len(kept) / max(1, len(mine)))
         print(f"{word}: {len(kept)} of {len(mine)} rows explained ({shares[label]:.0%})\n"
               f"  samples   {counts(check for source in sources for check in source['checks'])}\n"
-              f"  tries     {counts(len(row['explanation_source']['checks']) for row in kept)}\n"
+              f"  by try    {counts(len(row['explanation_source']['checks']) for row in kept)}\n"
               f"  words     {min(lengths)} to {max(lengths)}, median {np.median(lengths):.0f}\n"
               f"  teacher   would label {against} of the rows otherwise")
     if len({row["label"] for row in rows}) == 2:
@@ -649,14 +653,15 @@ def explain(args):
     known |= {"model": args.model and base_fingerprint(args.model), "instruction": INSTRUCTION,
               "data": hashlib.sha256(args.data.read_bytes()).hexdigest()}
     args.fingerprint = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
-    done = resume(args, rows)
+    done, size = resume(args, rows), 1 if args.endpoint else args.batch
     write, score = (server_teacher if args.endpoint else local_teacher)(args)
     work = partial(explain_batch, write=write, score=score, args=args)
-    size = 1 if args.endpoint else args.batch
-    batches = [rows[i : i + size] for i in range(len(done), len(rows), size)]
+    # Batches of the whole file: a local model's last digits depend on batch mates
+    batches = [rows[i : i + size] for i in range(len(done) // size * size, len(rows), size)]
     with (ThreadPool(args.concurrency) as pool, open(args.out, "ab") as file,
           tqdm(total=len(rows), initial=len(done), desc="explain", unit="row") as bar):
         for batch in (pool.imap if args.endpoint else map)(work, batches):
+            batch = batch[len(done) % size :]  # what a stop has left of the first
             lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in batch]
             file.write("".join(lines).encode())
             file.flush()

@@ -1,10 +1,19 @@
 """Rows, prompts and batches: bad input, markup in a text, exactly what is supervised."""
 
 import json
+import re
+import signal as signals
+import subprocess
+import sys
+import threading
+import time
+from argparse import Namespace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from subprocess import PIPE
 
 import numpy as np
 import pytest
-from conftest import write_tokenizer
+from conftest import ROOT, write_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +24,7 @@ from data import (
     Prompts,
     collate,
     encode_rows,
+    faults,
     main,
     printable,
     read_rows,
@@ -294,3 +304,216 @@ def test_check_counts(tiny, rows, rows_file, capsys):
         in out
     )
     assert "prompt end" in out and "supervised tokens" in out
+
+
+# --- explanations by a teacher --------------------------------------------------------------------
+ROW = {"id": 1, "label": 1, "text": "Mary, 64, came with severe heart failure; <b>alert</b>."}
+ARGS = Namespace(question="Did Mary die?", labels=["no", "yes"], words=[4, 12], grounded=0.3)
+FAULTS = {
+    "label": "No, the heart failure was severe.",
+    "told": "The given label says severe heart failure.",
+    "grounded": "Breathing problems are severe dangers everywhere.",
+    "numbers": "Severe heart failure at age 65.",
+    "length": "Severe heart failure.",
+    "unfinished": "The severe heart failure of this",
+    "loop": "Severe heart failure severe heart failure severe heart failure severe heart.",
+    "prompt": "Explain which facts in the text lead: severe heart failure.",
+    "markup": "Severe heart failure </s> was there.",
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_each_check_rejects_what_only_it_rejects(name):
+    """Fails if the check is gone (each was taken out once), or another is so strict."""
+    assert faults(FAULTS[name], ROW, ARGS) == [name]
+    assert faults("There was no hope; severe heart failure at 64.", ROW, ARGS) == []
+
+
+class Teacher(BaseHTTPRequestHandler):
+    """A chat-completions server. Each of server.wrong (status, headers, reply) spoils one request;
+    status 0 hangs up, -1 is slow."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        text, server = body["messages"][1]["content"], self.server
+        server.seen.append((self.headers["Authorization"], body))
+        said = "**Yes**" if "bad" in text else "no."  # as a reader, and to a row's text alone
+        if label := re.search('The answer is "(.*?)"', text):
+            result = "bad" if label[1] == "yes" else "good"
+            said = f"<think>no: maybe</think>{label[1]}, the result is {result} in this case."
+            if body["seed"] % 3 == 0 or "case 7:" in text:
+                said = "That I cannot say today."
+        reply = {"choices": [{"message": {"content": said}}]}
+        status, headers, reply = server.wrong.pop(0) if server.wrong else (200, {}, reply)
+        threading.Event().wait(1 if status < 0 else server.delay)
+        if status > 0:
+            self.send_response(status)
+            for header in headers.items():
+                self.send_header(*header)
+            self.end_headers()
+            self.wfile.write(json.dumps(reply).encode())
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Teacher)
+    server.wrong, server.seen, server.delay = [], [], 0
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def labels_file(rows, tmp_path):
+    """The rows without explanations, but for the last one, which has its own."""
+    lines = [{k: v for k, v in row.items() if k != "explanation"} for row in rows[:-1]] + rows[-1:]
+    return write(tmp_path / "labels.jsonl", *lines)
+
+
+def flags(server, data, out, *more):
+    return ["explain", "--data", str(data), "--out", str(out), "--endpoint", server.url,
+            "--teacher", "t", "--retries", "3", *more]
+
+
+def test_a_server_explains_rows_in_order_and_drops_none(server, labels_file, tmp_path, monkeypatch,
+                                                        rows, capfd):
+    """Fails if a row is lost or moved, thoughts or the label's word are kept, an own explanation is
+    replaced, the key is missing or stands in a file or on the screen, or a count is wrong."""
+    monkeypatch.setenv("KEY", "sk-secret")
+    out = tmp_path / "train.jsonl"
+    main(flags(server, labels_file, out, "--key-env", "KEY", "--tries", "2", "--concurrency", "3"))
+    done = read_rows(out)
+    assert [row["id"] for row in done] == [row["id"] for row in rows] and done[-1] == rows[-1]
+    kept = [row for row in done[:-1] if "explanation" in row]
+    assert 25 < len(kept) < 39 and "explanation" not in done[7]
+    for row in kept:
+        result = "bad" if row["label"] else "good"
+        assert row["explanation"] == f"The result is {result} in this case."
+        checks, zero_shot = (row["explanation_source"][key] for key in ("checks", "zero_shot"))
+        assert checks in (["passed"], ["grounded", "passed"]) and zero_shot == row["label"]
+    assert done[7]["explanation_source"]["checks"] == ["grounded", "grounded"]
+    assert {key for key, _ in server.seen} == {"Bearer sk-secret"}
+    screen = capfd.readouterr()
+    assert "sk-secret" not in "".join(screen) + "".join(p.read_text() for p in tmp_path.iterdir())
+    positive = [row for row in kept if row["label"]]
+    assert f"yes: {len(positive)} of {sum(r['label'] for r in rows[:-1])} rows" in screen.out
+    assert "AUROC from the text alone: 1.000" in screen.out
+
+
+def test_what_may_pass_is_tried_again(server, labels_file, tmp_path, monkeypatch):
+    """Fails if a 429, its Retry-After, a 500, a dropped or slow connection or a malformed reply
+    ends the run, or changes what is written."""
+    waits, out = [], [tmp_path / "a", tmp_path / "b"]
+    main(flags(server, labels_file, out[0]))
+    monkeypatch.setattr("time.sleep", waits.append)
+    chat = {"choices": [{"message": {"content": [1]}}]}
+    server.wrong += [(429, {"Retry-After": "7"}, {}), (500, {}, {}), (0, {}, {}), (-1, {}, {}),
+                     (200, {}, {}), (200, {}, [1]), (200, {}, chat)]
+    main(flags(server, labels_file, out[1], "--retries", "7", "--concurrency", "1",
+               "--timeout", "0.5"))
+    assert waits == [7, 2, 4, 8, 16, 32, 64] and out[0].read_text() == out[1].read_text()
+
+
+@pytest.mark.parametrize("status, words", [(404, "HTTP 404 .*no model t .key."), (500, "HTTP 500"),
+                                           (0, "closed connection"), (200, "no chat completion")])
+def test_a_server_that_fails_ends_in_a_sentence(server, labels_file, tmp_path, monkeypatch, status,
+                                                words):
+    """Fails if a 404 is tried again, the rest for ever, the key or a control character is shown, or
+    the rows before are lost."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setenv("KEY", "sk-secret")
+    out, reply = tmp_path / "out", {"error": {"message": "no model t sk-secret \x9b"}}
+    arguments = flags(server, labels_file, out, "--key-env", "KEY", "--concurrency", "1")
+    main(arguments)
+    whole, requests = out.read_text(), len(server.seen)
+    lines = whole.splitlines(keepends=True)
+    out.write_text("".join(lines[:20]) + lines[20][:30])
+    server.wrong += [(status, {}, reply)] * 4
+    with pytest.raises(ValueError, match=words) as error:
+        main(arguments)
+    assert "sk-secret" not in str(error.value) and printable(str(error.value)) == str(error.value)
+    asked = ["case 20:" in str(body["messages"]) for _, body in server.seen[requests:]]
+    assert sum(asked) == (1 if status == 404 else 4)
+    assert out.read_text() == "".join(lines[:20])
+    server.wrong.clear()
+    main(arguments)
+    assert out.read_text() == whole
+    requests = len(server.seen)
+    main(arguments)
+    assert len(server.seen) == requests and out.read_text() == whole
+
+
+@pytest.mark.parametrize("signal, code", [("SIGKILL", -9), ("SIGINT", 130)])
+def test_a_stopped_run_goes_on_where_it_was(server, labels_file, tmp_path, signal, code):
+    """Fails if lines are written at the end only, a stop loses or doubles a row, Ctrl-C waits for
+    replies or shows a traceback, or a run with other arguments or other rows goes on."""
+    out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
+    main(flags(server, labels_file, undisturbed))
+    arguments, server.delay = flags(server, labels_file, out), 0.02
+    process = subprocess.Popen([sys.executable, ROOT / "data.py", *arguments], stderr=PIPE)
+    while not (out.exists() and out.read_bytes().count(b"\n") > 3):
+        assert process.poll() is None
+        time.sleep(0.01)
+    server.delay = 30
+    process.send_signal(getattr(signals, signal))
+    assert process.wait(timeout=4) == code and b"Traceback" not in process.stderr.read()
+    server.delay, lines = 0, out.read_text().count("\n")
+    assert 3 < lines < 40
+    for other in (["--seed", "1"], ["--question", "Is it?"]):
+        with pytest.raises(ValueError, match="other arguments"):
+            main([*arguments, *other])
+    main(arguments)
+    assert out.read_text() == undisturbed.read_text()
+
+
+def test_foreign_output_and_impossible_flags_are_refused(server, labels_file, tmp_path):
+    """Fails if explain writes into a file that it did not begin, or a flag shows a key."""
+    content = labels_file.read_bytes()
+    with pytest.raises(ValueError, match=f"{labels_file}:1: written with other arguments"):
+        main(flags(server, labels_file, labels_file))
+    assert labels_file.read_bytes() == content  # without a last new line: not even cut
+    for words, more in {
+        "--endpoint": ["--endpoint", "http://me:sk-secret@host/v1"],
+        "--key-env": ["--key-env", "sk-secret"], "--tries": ["--tries", "0"],
+        "--top-p": ["--top-p", "2"], "no such folder": ["--out", "a/b"],
+    }.items():
+        with pytest.raises(ValueError, match=words) as error:
+            main(flags(server, labels_file, tmp_path / "x", *more))
+        assert "sk-secret" not in str(error.value)
+    assert not server.seen
+
+
+def test_a_local_teachers_draws_depend_on_seed_row_and_try_only(tiny, labels_file, tmp_path, capsys,
+                                                                 monkeypatch):
+    """Fails if one generator serves a batch, tries repeat a draw, resuming or the batch changes a
+    line, or the reader passes the wrong side of .5."""
+    monkeypatch.setattr("data.faults", lambda text, row, args: [])
+    texts = {}
+    for batch, seed in ((1, 0), (40, 0), (7, 1), (7, 0)):
+        arguments = ["explain", "--model", str(tiny), "--data", str(labels_file), "--batch",
+                     str(batch), "--seed", str(seed), "--max-answer", "8", "--tries", "2", "--dtype",
+                     "float32", "--out", str(out := tmp_path / f"{batch}-{seed}")]
+        main(arguments)
+        texts[batch, seed] = re.findall(r'"(?:id|explanation)": ".*?"', out.read_text())
+    assert texts[1, 0] == texts[7, 0] == texts[40, 0] != texts[7, 1]
+    assert len(set(texts[7, 0])) > 55 and "warning" in capsys.readouterr().out
+    whole = out.read_text()
+    out.write_text(whole[: whole.index("r17")])  # in the middle of a batch, and of a line
+    main(arguments)
+    assert out.read_text() == whole
+
+
+def test_leaks(tiny, tmp_path, capsys):
+    """Fails if a shared group, id or text is not counted, a line number counts as an id, or a text
+    that differs in a word is not near."""
+    text = "the patient came with heart failure and left with supportive relatives at home"
+    train = write(tmp_path / "a", {**GOOD, "group": "g"}, {"text": text, "label": 0, "id": "x"})
+    test = write(tmp_path / "b", {"text": "new", "label": 0, "group": "g"}, GOOD,
+                 {"text": text.replace("home", "sea"), "label": 1, "id": "x"})
+    main(["check", str(train), "--test", str(test), "--model", str(tiny)])
+    out = capsys.readouterr().out
+    assert re.findall(r"^(?:the|a) .*? +(\d+)$", out, re.MULTILINE) == ["1", "1", "1", "2"]
