@@ -429,7 +429,7 @@ INSTRUCTION = (  # below question and text
     "answer, in the words of the text."
 )
 # What an explanation says that knows of a label it was given; and what is markup, or broken
-TOLD = re.compile(r"\b((right|correct|given|known) (answer|label)|the (answer|label) |instructions?"
+TOLD = re.compile(r"\b((the|this|right|correct|given|known) (answer|label)|instructions?"
                   r"|I (was|am) (told|given|asked)|as an ai)\b", re.IGNORECASE)
 MARKUP = re.compile("<\\|.*?\\|>|</?\\w+>|\\[/?INST|[\0-\x08\x0b-\x1f\x7f\ufffd\ud800-\udfff]")
 
@@ -501,6 +501,8 @@ def ask(text, temperature, seed, args):
     """What a server with OpenAI's chat completions says to a text below the question. What may pass
     is tried again: 429, 5xx, a connection that fails or is slow, a malformed reply. ValueError."""
     key = os.environ.get(args.key_env or "", "").strip()
+    half = 2 * args.max_prompt  # characters, some four a token: the middle of a long text is cut
+    text = f"{text[:half]} ... {text[-half:]}" if len(text) > 2 * half else text
     messages = [{"role": "system", "content": SYSTEM},
                 {"role": "user", "content": f"{args.question}\n\n{text}"}]
     body = {"model": args.teacher, "messages": messages, "max_tokens": args.max_answer,
@@ -557,7 +559,7 @@ def explain_batch(rows, write, score, args):
     asked = [row for row in rows if "explanation" not in row]
     for row, p in zip(asked, score([row["text"] for row in asked]), strict=True):
         row["explanation_source"] = {"teacher": args.teacher, "arguments": args.fingerprint,
-                                     "zero_shot": round(p, 4), "checks": []}
+                                     "zero_shot": round(p, 4), "tries": 0, "checks": []}
     for attempt in range(args.tries):
         if not (asked := [row for row in asked if "explanation" not in row]):
             break
@@ -571,8 +573,9 @@ def explain_batch(rows, write, score, args):
             stated, rest = stated_label(text, args.labels)
             if stated == row["label"]:  # "Yes. " is put there in training
                 text = rest[:1].upper() + rest[1:]
-            failed = faults(text, row, args)
-            row["explanation_source"]["checks"].append(failed[0] if failed else "reader")
+            failed, source = faults(text, row, args), row["explanation_source"]
+            source["checks"].append(failed[0] if failed else "reader")
+            source["tries"] = attempt + 1
             passing += [] if failed else [(row, text)]
         for (row, text), p in zip(passing, score([text for _, text in passing]), strict=True):
             if (p - 0.5) * (2 * row["label"] - 1) > 0:
@@ -612,11 +615,12 @@ def report(rows, labels):
         kept = [row for row in mine if "explanation" in row]
         sources = [row["explanation_source"] for row in mine]
         lengths = [len(row["explanation"].split()) for row in kept] or [0]
-        against = sum((source["zero_shot"] > 0.5) != label for source in sources)
+        against = sum(source["zero_shot"] < 0.5 if label else source["zero_shot"] > 0.5
+                      for source in sources)
         shares.append(len(kept) / max(1, len(mine)))
         print(f"{word}: {len(kept)} of {len(mine)} rows explained ({shares[label]:.0%})\n"
               f"  samples   {counts(check for source in sources for check in source['checks'])}\n"
-              f"  by try    {counts(len(row['explanation_source']['checks']) for row in kept)}\n"
+              f"  by try    {counts(row['explanation_source']['tries'] for row in kept)}\n"
               f"  words     {min(lengths)} to {max(lengths)}, median {np.median(lengths):.0f}\n"
               f"  teacher   would label {against} of the rows otherwise")
     if len({row["label"] for row in rows}) == 2:
@@ -641,6 +645,7 @@ def explain(args):
          min(args.tries, args.batch, args.concurrency, *args.words) < 1),
         ("--temperature starts at 0, --timeout and --top-p above it, --top-p ends at 1",
          not (args.temperature >= 0 < args.timeout and 0 < args.top_p <= 1)),
+        ("--labels are not two words", len({word.strip().lower() for word in args.labels}) < 2),
         (f"--out {args.out}: no such folder", not args.out.parent.is_dir()),
     ) if bad]
     if wrong:
@@ -705,10 +710,10 @@ def main(argv=None):
     add("--timeout", type=float, default=120, help="seconds that a server may be silent")
     add("--retries", type=int, default=5, help="of a request, after 1, 2, 4, ... seconds")
     add("--tries", type=int, default=4, help="samples a row")
-    add("--temperature", type=float, default=0.8, help="of the samples")
-    add("--top-p", type=float, default=0.95, help="draw from this share of the mass")
+    add("--temperature", type=float, default=0.7, help="of the samples")
+    add("--top-p", type=float, default=0.9, help="draw from this share of the mass")
     add("--seed", type=int, default=0, help="of the draws")
-    add("--grounded", type=float, default=0.3, help="least share of content words from the text")
+    add("--grounded", type=float, default=0.5, help="least share of content words from the text")
     add("--words", type=int, nargs=2, default=[5, 80], metavar=("LOW", "HIGH"), help="length")
     add("--batch", type=int, default=16, help="rows at a time with --model")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
