@@ -1,6 +1,7 @@
 """Rows, prompts, batches and teachers: bad input, markup in a text, exactly what is supervised."""
 
 import json
+import math
 import re
 import signal as signals
 import subprocess
@@ -269,8 +270,8 @@ def test_each_check_rejects_what_only_it_rejects(text):
 
 
 class Teacher(BaseHTTPRequestHandler):
-    """A chat-completions server. Each of server.wrong (status, headers, reply) spoils one request;
-    status 0 hangs up, -1 is slow."""
+    """A chat-completions server, silent after server.limit requests. Each of server.wrong (status,
+    headers, reply) spoils one request; status 0 hangs up, -1 is slow."""
 
     def do_POST(self):
         server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -283,7 +284,7 @@ class Teacher(BaseHTTPRequestHandler):
             said = "That I cannot say today."
         good = 200, {}, {"choices": [{"message": {"content": said}}]}
         spoilt = server.wrong.pop(0) if server.wrong else good
-        threading.Event().wait(1 if spoilt[0] < 0 else server.delay)
+        threading.Event().wait(60 if len(server.seen) > server.limit else spoilt[0] < 0)
         self.answer(*(good if spoilt[0] < 0 else spoilt))
 
     def do_GET(self):  # where a redirect leads
@@ -307,7 +308,7 @@ def server(rows, tmp_path, monkeypatch):
     """A Teacher; its file of the rows without explanations, but for the last one's; and `explain`,
     which has that file explained."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Teacher)
-    server.wrong, server.seen, server.delay = [], [], 0
+    server.wrong, server.seen, server.limit = [], [], math.inf
     server.handle_error = lambda *args: None  # the client hung up
     lines = [{k: v for k, v in row.items() if k != "explanation"} for row in rows[:-1]] + rows[-1:]
     lines[20]["text"] += " and more" * 1000
@@ -389,17 +390,15 @@ def test_a_stopped_run_goes_on_where_it_was(server, tmp_path, signal, code):
     """Fails if lines are written late, a stop loses or doubles a row, Ctrl-C waits for replies or
     shows a traceback, or a run with other arguments or other rows goes on."""
     server.explain(undisturbed := tmp_path / "undisturbed")
-    server.seen.clear()
-    server.delay, out = 0.02, tmp_path / "out"
+    server.limit, out, end = len(server.seen) + 30, tmp_path / "out", time.time() + 60
     command = [sys.executable, ROOT / "data.py", *server.flags, out]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     while not (out.exists() and out.read_bytes().count(b"\n") > 3):
-        assert process.poll() is None and len(server.seen) < 60
+        assert process.poll() is None and time.time() < end
         time.sleep(0.01)
-    server.delay = 60
     process.send_signal(getattr(signals, signal))
-    assert process.wait(timeout=20) == code and b"Traceback" not in process.stderr.read()
-    server.delay, stopped = 0, out.read_bytes()
+    assert process.wait(timeout=30) == code and b"Traceback" not in process.stderr.read()
+    server.limit, stopped = math.inf, out.read_bytes()
     assert 3 < stopped.count(b"\n") < 40
     for other in (["--seed", "1"], ["--question", "Is it?"]):
         with pytest.raises(ValueError, match="other arguments"):
