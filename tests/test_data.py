@@ -1,66 +1,52 @@
-"""Rows, prompts and batches: bad input, markup in a text, exactly what is supervised."""
+"""Rows, prompts, batches and teachers: bad input, markup in a text, exactly what is supervised."""
 
 import json
+import math
+import re
+import signal as signals
+import subprocess
+import sys
+import threading
+import time
+from argparse import Namespace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from conftest import write_tokenizer
+import torch
+from conftest import ROOT, write_tokenizer
 
-from data import (
-    SYSTEM,
-    DataError,
-    Example,
-    Prompts,
-    collate,
-    encode_rows,
-    main,
-    printable,
-    read_rows,
-    show,
-    split_valid,
-)
+from data import DataError, Example, Prompts, collate, encode_rows, faults, local_teacher
+from data import main, printable, read_rows, show, split_valid
 
 GOOD = {"text": "a text", "label": 1}
 
 
 def write(path, *lines):
-    path.write_bytes(
-        b"\n".join(x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines)
-    )
+    path.write_bytes(b"\n".join(x if isinstance(x, bytes) else json.dumps(x).encode()
+                                for x in lines))
     return path
 
 
 def test_rows_are_read_with_bom_and_crlf_and_without_unknown_fields(tmp_path):
     """Fails if a BOM or CRLF breaks a line, true is not 1, an id is not the line number, or a blank
     explanation counts as one."""
-    path = tmp_path / "x.jsonl"
-    lines = [
-        json.dumps({**GOOD, "other": 1}),
-        json.dumps({"text": "b", "label": False, "explanation": " "}),
-    ]
-    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n")
+    lines = [json.dumps({**GOOD, "other": 1}), '{"text": "b", "label": false, "explanation": " "}']
+    path = write(tmp_path / "x.jsonl", b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n")
     assert read_rows(path) == [{**GOOD, "id": 1}, {"text": "b", "label": 0, "id": 2}]
 
 
-BAD_LINES = {
-    "not JSON": b"{",
-    "not a JSON object": [1],
-    "no text": {"label": 1},
-    "no label": {"text": "a"},
-    "due is text that is not blank": {"text": " \n", "label": 1},
-    "label is 2": {**GOOD, "label": 2},
-    'label is "1"': {**GOOD, "label": "1"},
-    "label is 1.0": {**GOOD, "label": 1.0},
-    "not UTF-8": b'{"text": "\xff", "label": 1}',
+BAD_LINES = {  # what the error says: the line
+    "not JSON": b"{", "not a JSON object": [1], "nested": b"[" * 100000,
+    "no text": {"label": 1}, "due is text that is not blank": {"text": " \n", "label": 1},
+    "text is": b'{"text": "\\ud800", "label": 1}', "not UTF-8": b'{"text": "\xff", "label": 1}',
+    "no label": {"text": "a"}, "label is 2": {**GOOD, "label": 2},
+    'label is "1"': {**GOOD, "label": "1"}, "label is 1.0": {**GOOD, "label": 1.0},
     "NaN": b'{"text": "a", "label": 1, "probability": NaN}',
     "probability is 2": {**GOOD, "probability": 2},
     "probability is true": {**GOOD, "probability": True},
-    "evidence is": {**GOOD, "evidence": "risk"},
-    "group is 3": {**GOOD, "group": 3},
-    "id is 1.5": {**GOOD, "id": 1.5},
-    "explanation is 5": {**GOOD, "explanation": 5},
-    "text is": b'{"text": "\\ud800", "label": 1}',
-    "nested": b"[" * 100000,
+    "evidence is": {**GOOD, "evidence": "risk"}, "explanation is 5": {**GOOD, "explanation": 5},
+    "group is 3": {**GOOD, "group": 3}, "id is 1.5": {**GOOD, "id": 1.5},
     "id 'x' stands in line 1 already": {**GOOD, "id": "x"},
 }
 
@@ -75,24 +61,19 @@ def test_a_bad_line_is_one_error_that_names_it(tmp_path, words):
     assert f"{path}:2: " in str(error.value) and words in str(error.value)
 
 
-def test_ten_problems_are_shown_and_the_rest_counted(tmp_path):
-    """Fails if only the first problem is shown, or a thousand are."""
-    path = write(tmp_path / "x.jsonl", *[{"label": 1}] * 14)
-    with pytest.raises(DataError) as error:
-        read_rows(path)
-    assert str(error.value).count("no text") == 10 and "and 4 more" in str(error.value)
-
-
 def test_files_that_are_wrong_as_a_whole(tmp_path):
-    """Fails if an empty file, one class or a missing file is not said so."""
+    """Fails if an empty file, one class or a missing file is not said so, if only the first problem
+    is shown, or a thousand are."""
     for words, lines in {"empty": [], "every label is 1": [GOOD, GOOD]}.items():
         with pytest.raises(DataError, match=words):
             read_rows(write(tmp_path / "x.jsonl", *lines))
     with pytest.raises(DataError, match="nowhere"):
         read_rows(tmp_path / "nowhere")
-    assert read_rows(write(tmp_path / "x.jsonl", {"text": "a"}), labels=False) == [
-        {"text": "a", "id": 1}
-    ]
+    unlabelled = write(tmp_path / "x.jsonl", {"text": "a"})
+    assert read_rows(unlabelled, labels=False) == [{"text": "a", "id": 1}]
+    with pytest.raises(DataError, match="and 4 more") as error:
+        read_rows(write(tmp_path / "x.jsonl", *[{"label": 1}] * 14))
+    assert str(error.value).count("no text") == 10
 
 
 def test_validation_takes_whole_groups(rows):
@@ -100,36 +81,13 @@ def test_validation_takes_whole_groups(rows):
     train, valid = split_valid(rows, 0.25, seed=0)
     assert len(train) + len(valid) == len(rows) and 10 <= len(valid) <= 12
     assert not {row["group"] for row in train} & {row["group"] for row in valid}
-    assert (
-        valid != split_valid(rows, 0.25, seed=1)[1] and valid == split_valid(rows, 0.25, seed=0)[1]
-    )
+    again, other = (split_valid(rows, 0.25, seed)[1] for seed in (0, 1))
+    assert again == valid != other
     with pytest.raises(DataError, match="one class"):
         split_valid(rows[6:10], 0.001, seed=0)
 
 
 # --- prompts --------------------------------------------------------------------------------------
-
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "<|im_start|>assistant{{ '\n' }}"
-)
-
-
-def test_the_frame_is_the_tokenizers_own_chat_template(tiny):
-    """Fails if a newline, a special token or a piece boundary differs from chatml."""
-    from transformers import PreTrainedTokenizerFast
-
-    theirs = PreTrainedTokenizerFast(
-        tokenizer_file=str(tiny / "tokenizer.json"), chat_template=CHATML
-    )
-    prompts = Prompts(tiny, question="Will it?")
-    for text in ("the day was long", "\n\n two lines\n", "é 中 12"):
-        user = {"role": "user", "content": f"Will it?\n\n{text}"}
-        messages = [{"role": "system", "content": SYSTEM}, user]
-        due = theirs.apply_chat_template(messages, return_dict=False)
-        assert prompts.prompt(text) == (due, 0), text
-
-
 def test_a_long_text_loses_its_middle_and_nothing_else(tiny):
     """Fails if the cut takes tokens from frame or question, from one end, or miscounts."""
     text = " ".join(f"w{i}" for i in range(60))
@@ -158,10 +116,15 @@ def test_the_prompt_does_not_depend_on_the_answer(tiny):
 
 
 def test_plain_and_unknown_frames(tmp_path):
-    """Fails if a tokenizer without chat tokens does not get `plain`, or a frame without its tokens
-    is accepted."""
+    """Fails if a tokenizer without chat tokens does not get `plain`, a frame without its tokens is
+    accepted, or a token id beyond the embedding or a row beyond the positions gets through."""
     write_tokenizer(tmp_path, added=("<eos>",))
-    (tmp_path / "config.json").write_text('{"eos_token_id": [0, 5]}')
+    config = {"eos_token_id": [0, 5], "vocab_size": 400, "max_position_embeddings": 2048}
+    for key, value in (("vocab_size", 280), ("max_position_embeddings", 99)):
+        (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(ValueError, match=f"{key} is {value}"):
+            Prompts(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
     prompts = Prompts(tmp_path)
     assert prompts.format == "plain" and prompts.stop_ids == [0, 5]
     assert prompts.decode(prompts.prompt("a text")[0]).endswith("a text\n\nAnswer:\n")
@@ -174,49 +137,22 @@ def test_plain_and_unknown_frames(tmp_path):
         Prompts(tmp_path)
 
 
-@pytest.mark.parametrize("key, value", [("vocab_size", 280), ("max_position_embeddings", 99)])
-def test_a_model_too_small_for_tokenizer_or_bounds_is_refused(tmp_path, key, value):
-    """Fails if a token id beyond the embedding, or a row beyond the positions, gets through."""
-    write_tokenizer(tmp_path)
-    config = {"eos_token_id": 2, "vocab_size": 400, "max_position_embeddings": 2048}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    Prompts(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
-    with pytest.raises(ValueError, match=f"{key} is {value}"):
-        Prompts(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "answer, due",
-    [
-        ("Yes. It is.", (1, "It is.")),
-        ("no: none", (0, "none")),
-        (" YES", (1, "")),
-        ("No , but", (0, "but")),
-        ("Not sure.", (None, "Not sure.")),
-        ("Yesterday it", (None, "Yesterday it")),
-        ("", (None, "")),
-        ("I say yes.", (None, "I say yes.")),
-        ("No doubt. Yes.", (None, "No doubt. Yes.")),
-    ],
-)
-def test_the_label_that_an_answer_states(tiny, answer, due):
-    """Fails if a word anywhere, or one that only begins like a label, counts as a statement."""
-    assert Prompts(tiny).parse(answer) == due
-
-
-def test_the_longer_label_word_is_tried_first(tiny):
-    """Fails if "not likely" is read as the label "not"."""
+def test_the_label_that_an_answer_states(tiny):
+    """Fails if a word anywhere, or one that only begins like a label, counts as a statement, or
+    "not likely" is read as the label "not"."""
+    for answer, due in {
+        "Yes. It is.": (1, "It is."), "no: none": (0, "none"), " YES": (1, ""), "": (None, ""),
+        "No , but": (0, "but"), "Not sure.": (None, "Not sure."),
+        "I say yes.": (None, "I say yes."), "Yesterday it": (None, "Yesterday it"),
+        "No doubt. Yes.": (None, "No doubt. Yes."),
+    }.items():
+        assert Prompts(tiny).parse(answer) == due
     prompts = Prompts(tiny, labels=("likely", "likely, not"))
-    assert prompts.parse("Likely, not. Why?") == (1, "Why?") and prompts.parse("likely. x") == (
-        0,
-        "x",
-    )
+    assert prompts.parse("Likely, not. Why?") == (1, "Why?")
+    assert prompts.parse("likely. x") == (0, "x")
 
 
 # --- batches --------------------------------------------------------------------------------------
-
-
 def test_exactly_the_answers_are_supervised(tiny, rows):
     """Fails if the prompt's last token, a pad, or a row without explanation is supervised, if the
     end of turn is not, or if a target is off by one."""
@@ -224,12 +160,8 @@ def test_exactly_the_answers_are_supervised(tiny, rows):
     examples = encode_rows(rows[:5], prompts)
     batch = collate(examples)
     supervised = {}
-    for row, position, target in zip(
-        batch.answer_rows.tolist(),
-        batch.answer_positions.tolist(),
-        batch.targets.tolist(),
-        strict=True,
-    ):
+    answers = (batch.answer_rows, batch.answer_positions, batch.targets)
+    for row, position, target in torch.stack(answers, 1).tolist():
         assert batch.input_ids[row, position + 1] == target
         supervised.setdefault(row, {})[position + 1] = target
     assert set(supervised) == {1, 2, 3}  # rows 0 and 4 have no explanation
@@ -242,31 +174,243 @@ def test_exactly_the_answers_are_supervised(tiny, rows):
             text = prompts.tokenizer.decode(list(supervised[i].values()), skip_special_tokens=False)
             assert text == f"{word}. {row['explanation']}<|im_end|>"
         assert batch.labels[i] == row["label"]
-
-
-def test_an_all_unexplained_batch_has_no_targets():
-    """Fails if padding becomes a target when no row has an answer."""
     batch = collate([Example(1, [5, 6, 7], [], 1, 0), Example(2, [5], [], 0, 0)])
     assert batch.targets.shape == (0,) and batch.prompt_end.tolist() == [2, 0]
 
 
-def test_what_is_printed_has_no_control_characters(tiny):
-    """Fails if a row can send escape sequences to the terminal."""
+def test_check_counts(tiny, rows, rows_file, capsys):
+    """Fails if a count of the report is wrong, the shown row lacks its marks, or a row can send
+    escape sequences to the terminal."""
+    main(["check", str(rows_file), "--model", str(tiny), "--max-prompt", "140"])
+    out = capsys.readouterr().out
+    positives = sum(row["label"] for row in rows)
+    lengths = np.array([len(Prompts(tiny).prompt(row["text"])[0]) for row in rows])
+    for due in (
+        f"{len(rows)}: {positives} Yes ({positives / len(rows):.1%})", "30; 10 rows without one",
+        "20; 0 rows", "0 rows repeat", "prompt end", "supervised tokens",
+        f"{(lengths > 140).sum()} texts lose {np.maximum(lengths - 140, 0).sum()}",
+    ):
+        assert due in out
     assert printable("a\x1b[31m\nb\u202e") == "a\\x1b[31m\nb\\u202e"
     example = encode_rows([{"id": 1, "text": "x\x1b[0m", "label": 0}], Prompts(tiny))[0]
     assert "\x1b" not in show(example, Prompts(tiny))
 
 
-def test_check_counts(tiny, rows, rows_file, capsys):
-    """Fails if a count of the report is wrong or the shown row lacks its marks."""
-    main(["check", str(rows_file), "--model", str(tiny), "--max-prompt", "140"])
-    out = capsys.readouterr().out
-    positives = sum(row["label"] for row in rows)
-    assert f"{len(rows)}: {positives} Yes ({positives / len(rows):.1%})" in out
-    assert "30; 10 rows without one" in out and "20; 0 rows" in out and "0 rows repeat" in out
-    lengths = [len(Prompts(tiny).prompt(row["text"])[0]) for row in rows]
-    assert (
-        f"{sum(n > 140 for n in lengths)} texts lose {sum(np.maximum(np.array(lengths) - 140, 0))}"
-        in out
-    )
-    assert "prompt end" in out and "supervised tokens" in out
+def test_leaks(tiny, tmp_path, capsys):
+    """Fails if a shared group, id or text is not counted, a line number counts as an id, or a text
+    that differs in a word is not near."""
+    text = "the patient came with heart failure and left with supportive relatives at home"
+    train = write(tmp_path / "a", {**GOOD, "group": "g"}, {"text": text, "label": 0, "id": "x"})
+    test = write(tmp_path / "b", {"text": "new", "label": 0, "group": "g"}, GOOD,
+                 {"text": text.replace("home", "sea"), "label": 1, "id": "x"})
+    main(["check", str(train), "--test", str(test), "--model", str(tiny)])
+    counts = re.findall(r"^(?:the|a) .*? +(\d+)$", capsys.readouterr().out, re.MULTILINE)
+    assert counts == ["1", "1", "1", "2"]
+
+
+# --- explanations by a teacher --------------------------------------------------------------------
+ROW = {"id": 1, "label": 1, "text": "Mary, 64, came with severe heart failure; <b>alert</b>."}
+ARGS = Namespace(question="Did Mary die?", labels=["no", "yes"], words=[4, 12], grounded=0.3)
+FAULTS = {
+    "There was no hope; severe heart failure at 64.": [],
+    "No, the heart failure was severe.": ["label"],
+    "The given label says severe heart failure.": ["told"],
+    "Breathing problems are severe dangers everywhere.": ["grounded"],
+    "Severe heart failure at age 65.": ["numbers"],
+    "Severe heart failure.": ["length"],
+    "The severe heart failure of this": ["unfinished"],
+    "Severe heart failure severe heart failure severe heart failure severe heart.": ["loop"],
+    "Explain which facts in the text lead: severe heart failure.": ["prompt"],
+    "Did Mary die? Severe heart failure.": ["prompt"],
+    "Severe heart failure </s> was there.": ["markup"],
+}
+
+
+@pytest.mark.parametrize("text", FAULTS)
+def test_each_check_rejects_what_only_it_rejects(text):
+    """Fails if the check is gone (each was taken out once), or another is too strict."""
+    assert faults(text, ROW, ARGS) == FAULTS[text]
+
+
+class Teacher(BaseHTTPRequestHandler):
+    """A chat-completions server, silent after server.limit requests. Each of server.wrong (status,
+    headers, reply) spoils one request; status 0 hangs up, -1 is slow."""
+
+    def do_POST(self):
+        server, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server.seen.append((self.headers["Authorization"], text := body["messages"][1]["content"]))
+        said = "**Yes**" if "bad" in text else "no."  # as a reader, and to a row's text alone
+        if label := re.search('The answer is "(.*?)"', text):
+            result = "bad" if label[1] == "yes" else "good"
+            said = f"<think>no: maybe</think>{label[1]}, the result is {result} in this case."
+        if label and body["seed"] % 3 == 0 or "case 7:" in text:
+            said = "That I cannot say today."
+        good = 200, {}, {"choices": [{"message": {"content": said}}]}
+        spoilt = server.wrong.pop(0) if server.wrong else good
+        threading.Event().wait(60 if len(server.seen) > server.limit else spoilt[0] < 0)
+        self.answer(*(good if spoilt[0] < 0 else spoilt))
+
+    def do_GET(self):  # where a redirect leads
+        self.server.seen.append((self.headers["Authorization"], ""))
+        self.answer(404, {}, {})
+
+    def answer(self, status, headers, reply):
+        if status:
+            self.send_response(status)
+            for header in headers.items():
+                self.send_header(*header)
+            self.end_headers()
+            self.wfile.write(json.dumps(reply, ensure_ascii=False).encode())
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(rows, tmp_path, monkeypatch):
+    """A Teacher; its file of the rows without explanations, but for the last one's; and `explain`,
+    which has that file explained."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Teacher)
+    server.wrong, server.seen, server.limit = [], [], math.inf
+    server.handle_error = lambda *args: None  # the client hung up
+    lines = [{k: v for k, v in row.items() if k != "explanation"} for row in rows[:-1]] + rows[-1:]
+    lines[20]["text"] += " and more" * 1000
+    server.file = write(tmp_path / "labels.jsonl", *lines)
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    server.flags = ["explain", "--data", str(server.file), "--endpoint", server.url, "--teacher",
+                    "t", "--retries", "3", "--key-env", "KEY", "--out"]
+    server.explain = lambda out, *more: main([*server.flags, str(out), *more])
+    monkeypatch.setenv("KEY", "sk-secret")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def test_a_server_explains_rows_in_order_and_drops_none(server, tmp_path, rows, capfd):
+    """Fails if a row is lost or moved, thoughts or the label's word are kept, an own explanation is
+    replaced, a text is not cut, the key is missing or shown, or a count is wrong."""
+    server.explain(out := tmp_path / "out", "--tries", "3")
+    done = read_rows(out)
+    assert [row["id"] for row in done] == [row["id"] for row in rows] and done[-1] == rows[-1]
+    kept = [row for row in done[:-1] if "explanation" in row]
+    for row in kept:
+        result, source = "bad" if row["label"] else "good", row["explanation_source"]
+        assert row["explanation"] == f"The result is {result} in this case."
+        assert source["checks"] == ["grounded"] * (source["tries"] - 1) + ["passed"]
+        assert source["zero_shot"] == row["label"]
+    source = done[7]["explanation_source"]
+    assert source["checks"] == ["grounded"] * 3 and source["zero_shot"] == 0.5
+    assert {key for key, _ in server.seen} == {"Bearer sk-secret"}
+    assert 4096 < max(len(text) for _, text in server.seen) < 4196  # four characters a token
+    screen = capfd.readouterr()
+    assert "sk-secret" not in "".join(screen) + "".join(p.read_text() for p in tmp_path.iterdir())
+    ones = [sum(row["label"] for row in side) for side in (kept, rows[:-1])]
+    assert f"yes: {ones[0]} of {ones[1]} rows" in screen.out and len(kept) > 35
+    assert "text alone: 1.000" in screen.out and "warning" not in screen.out
+
+
+def test_what_may_pass_is_tried_again(server, tmp_path, monkeypatch):
+    """Fails if a 429, its Retry-After, a 500, a dropped, slow or cut connection or a malformed
+    reply ends the run, or changes what is written."""
+    waits, out = [], [tmp_path / "a", tmp_path / "b"]
+    server.explain(out[0])
+    monkeypatch.setattr("time.sleep", waits.append)
+    good, number = (200, {}), {"choices": [{"message": {"content": 1}}]}
+    server.wrong += [(429, {"Retry-After": "7"}, {}), (500, {}, {}), (0, {}, {}), (-1, {}, {}),
+                     (200, {"Content-Length": "2"}, {"a": 1}), (200, {"Content-Length": "9"}, {}),
+                     (*good, {}), (*good, [1]), (*good, number)]
+    server.explain(out[1], "--retries", "9", "--concurrency", "1", "--timeout", "0.5")
+    assert waits == [7, *(2**i for i in range(1, 9))] and out[0].read_text() == out[1].read_text()
+
+
+@pytest.mark.parametrize("status, tried, words", [
+    (404, 1, r"HTTP 404 .*no model t \[key\]"), (302, 1, "HTTP 404"), (500, 4, "HTTP 500"),
+    (0, 4, "closed connection"), (200, 4, "no chat completion")])
+def test_a_server_that_fails_ends_the_run(server, tmp_path, monkeypatch, status, tried, words):
+    """Fails if a 404 is tried again, the rest for ever, the key or a control character is shown,
+    the key goes where a redirect leads, rows before are lost, or a whole file is asked again."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    server.explain(out := tmp_path / "out", "--concurrency", "1")
+    whole, requests = out.read_text(), len(server.seen)
+    lines = whole.splitlines(keepends=True)
+    out.write_text("".join(lines[:20]) + lines[20][:30])
+    reply = {"error": {"message": "no model t sk-secret \x9b"}}
+    server.wrong += [(status, {"Location": server.url}, reply)] * tried
+    with pytest.raises(ValueError, match=words) as error:
+        server.explain(out, "--concurrency", "1")
+    assert "sk-secret" not in str(error.value) and printable(str(error.value)) == str(error.value)
+    assert sum("case 20:" in text for _, text in server.seen[requests:]) == tried
+    assert (None in [key for key, _ in server.seen]) == (status == 302)
+    assert out.read_text() == "".join(lines[:20])
+    server.explain(out)
+    requests = len(server.seen)
+    server.explain(out)
+    assert len(server.seen) == requests and out.read_text() == whole
+
+
+@pytest.mark.parametrize("signal, code", [("SIGKILL", -9), ("SIGINT", 130)])
+def test_a_stopped_run_goes_on_where_it_was(server, tmp_path, signal, code):
+    """Fails if lines are written late, a stop loses or doubles a row, Ctrl-C waits for replies or
+    shows a traceback, or a run with other arguments or other rows goes on."""
+    server.explain(undisturbed := tmp_path / "undisturbed")
+    server.limit, out, end = len(server.seen) + 30, tmp_path / "out", time.time() + 60
+    command = [sys.executable, ROOT / "data.py", *server.flags, out]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    while not (out.exists() and out.read_bytes().count(b"\n") > 3):
+        assert process.poll() is None and time.time() < end
+        time.sleep(0.01)
+    process.send_signal(getattr(signals, signal))
+    assert process.wait(timeout=30) == code and b"Traceback" not in process.stderr.read()
+    server.limit, stopped = math.inf, out.read_bytes()
+    assert 3 < stopped.count(b"\n") < 40
+    for other in (["--seed", "1"], ["--question", "Is it?"]):
+        with pytest.raises(ValueError, match="other arguments"):
+            server.explain(out, *other)
+    out.write_bytes(stopped[stopped.index(b"\n") + 1 :])
+    with pytest.raises(ValueError, match="out:1: written .* for other rows"):
+        server.explain(out)
+    out.write_bytes(stopped)
+    server.explain(out)
+    assert out.read_text() == undisturbed.read_text()
+
+
+def test_foreign_output_and_impossible_flags_are_refused(server, tmp_path):
+    """Fails if explain writes into a file that it did not begin, or a flag shows a key."""
+    content = server.file.read_bytes()
+    with pytest.raises(ValueError, match="labels.jsonl:1: written with other arguments"):
+        server.explain(server.file)
+    assert server.file.read_bytes() == content  # without a last new line: not even cut
+    for flag, value in {"--endpoint": "http://me:sk-x@host/v1", "--key-env": "sk-x", "--tries": "0",
+                        "--top-p": "2", "--teacher": "", "--out": "no/where"}.items():
+        with pytest.raises(ValueError, match=flag) as error:
+            server.explain(tmp_path / "x", flag, value)
+        assert "sk-x" not in str(error.value)
+    assert not server.seen
+
+
+def test_a_local_teachers_draws_depend_on_seed_row_and_try(tiny, tmp_path, capsys, monkeypatch):
+    """Fails if one generator serves a batch, tries or rows of one text repeat a draw, the batch
+    changes a text or resuming a line, or special tokens vanish before they are checked."""
+    said, texts = [], {}
+    monkeypatch.setattr("data.faults", lambda text, row, args: said.append((row["id"], text)) or [])
+    lines = [{"text": "bad " * (i % 2 * 9 + 1), "label": i // 2 % 2} for i in range(20)]
+    data = write(tmp_path / "data", *lines)
+    for batch, seed in ((1, 0), (20, 0), (7, 1), (7, 0)):
+        said.clear()
+        arguments = ["explain", "--model", str(tiny), "--data", str(data), "--batch", str(batch),
+                     "--seed", str(seed), "--max-answer", "8", "--tries", "2", "--dtype", "float32",
+                     "--out", str(out := tmp_path / f"{batch}-{seed}")]
+        main(arguments)
+        texts[batch, seed] = {(row, text) for row, text in said if text}  # some stop at once
+    assert texts[1, 0] == texts[7, 0] == texts[20, 0] and not texts[7, 0] & texts[7, 1]
+    tries = sum(len(row["explanation_source"]["checks"]) for row in read_rows(out))
+    assert len(said) == tries > 25 and "warning" in capsys.readouterr().out
+    assert len({text for _, text in texts[7, 0]}) == sum(text != "" for _, text in said) > 20
+    whole = out.read_text()
+    out.write_text(whole[: whole.index('"id": 11')])  # in the middle of a batch, and of a line
+    main(arguments)
+    assert out.read_text() == whole
+    monkeypatch.setattr("clsgen.choose_token", lambda logits, *_: torch.tensor([1]))
+    args = Namespace(model=tiny, question="?", labels=["no", "yes"], format=None, max_prompt=99,
+                     max_answer=3, dtype="float32", temperature=1, top_p=1)
+    assert local_teacher(args)[0](["a"], [0]) == ["<|im_start|>" * 3]
