@@ -187,7 +187,7 @@ def main(argv=None):
         figures = [reliability(pyplot, scorers), roc(pyplot, scorers), risk(pyplot, scorers)]
         figures += [training(pyplot, read_lines(args.log))] if args.log else []
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the files are not as eval.py and train.py write them: {error!r}") from None
+        raise ValueError(f"files that eval.py or train.py did not write: {error!r}") from None
     args.out.mkdir(parents=True, exist_ok=True)
     for name, figure in zip(names, figures, strict=True):
         png = io.BytesIO()
