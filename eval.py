@@ -395,13 +395,12 @@ def score_metrics(y, p, decisions=None, groups=None, draws=1000, seed=0, true_p=
     parts = zip(("miscalibration", "discrimination", "uncertainty"), corp(y, p), strict=True)
     slope, intercept = _or_none(calibration_slope, y, p) or (None, None)
     floor, floor_q95 = ece_floor(p, 15, draws, seed)
-    known = np.zeros(len(y), bool) if true_p is None else ~np.isnan(true_p)
+    true_p = np.full(len(y), np.nan) if true_p is None else true_p
     return result | {
         "brier": brier(y, p), **dict(parts), "slope": slope, "intercept": intercept,
         "ece": ece(y, p), "ece_floor": floor, "ece_floor_q95": floor_q95,
-        "accuracy_at_80": float(accuracy[share >= 0.8][0]),
-        "coverage_at_95": coverage,
-        "true_p_error": _mean(np.abs(p - true_p)[known]) if known.any() else None,
+        "accuracy_at_80": float(accuracy[share >= 0.8][0]), "coverage_at_95": coverage,
+        "true_p_error": _mean(np.abs(p - true_p)[~np.isnan(true_p)]),
     }
 
 
@@ -523,7 +522,7 @@ def score_run(run, rows, file_rows, score, args):
     p, raw, token, labels = ([one[key] for one in predictions] for key in (
         "probability", "raw_probability", "label_token_probability", "label"))
     head, fitted = run.meta["scorer"] == "head", run.name != "zero-shot"
-    own = score(p, labels if fitted else None, sums)
+    own = score(p, labels if fitted else None, sums[:, [0, 2]] if sums.any() else None)
     own |= text_metrics(rows[:count], predictions[:count], sums[:count], file_rows, args.seed)
     own |= {"calibrated": run.meta["calibration"] != UNFITTED["calibration"], "run": run.name,
             "prompts_cut": sum(one["tokens_cut"] > 0 for one in predictions),
@@ -542,11 +541,9 @@ def evaluate(args, rows, file_rows):
     args.out.mkdir(parents=True, exist_ok=True)
 
     def score(p, decisions=None, sums=None):
-        sums = sums[:, [0, 2]] if sums is not None and sums.any() else None
         metrics = score_metrics(y, p, decisions, groups, args.draws, args.seed, true_p, sums, first)
         if not first:  # what all others are compared with
-            first.update({"auroc": p, "log_loss": p})
-            first.update({} if sums is None else {"reference_nll": sums})
+            first.update({"auroc": p, "log_loss": p, "reference_nll": sums})
         return {"calibrated": False} | metrics
 
     columns, lines = {}, []
@@ -579,6 +576,8 @@ def main(argv=None):
     write_atomically(args.out / "eval.json", json.dumps(report, indent=1, default=str) + "\n")
     print(f"\n{args.data}: {len(rows)} rows, {sum(y)} positive, {n_groups} groups; [95 % interval, "
           f"groups resampled {args.draws} times]")
+    if report["bayes_auroc"]:
+        print(f"the true p that the rows give has AUROC {report['bayes_auroc']:.3f}: the ceiling")
     if n_groups < 20:
         print("warning: under 20 groups the intervals are too narrow")
     for title, keys in TABLES.items():

@@ -38,13 +38,17 @@ def content_words(text):
             if match.group().lower() not in FUNCTION_WORDS]
 
 
+def pairs(text):
+    """{i: (word i, word i + 1)} of content words with no punctuation between them."""
+    return {i: (one[2], two[2]) for i, (one, two) in enumerate(pairwise(content_words(text)))
+            if not re.search("[.,;:!?()]", text[one[1] : two[0]])}
+
+
 def cited_words(text, explanation):
-    """(M,) which of the text's M content words are cited: pairs of content words that follow each
-    other in both."""
-    words, said = ([word for *_, word in content_words(side)] for side in (text, explanation))
-    cited, shared = np.zeros(len(words), dtype=bool), set(pairwise(said))
-    for i, pair in enumerate(pairwise(words)):
-        cited[i : i + 2] |= pair in shared
+    """(M,) which of the text's M content words are cited: pairs that both have."""
+    cited, said = np.zeros(len(content_words(text)), dtype=bool), set(pairs(explanation).values())
+    for i, pair in pairs(text).items():
+        cited[i : i + 2] |= pair in said
     return cited
 
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clsgen import run_main, write_atomically  # noqa: E402
 from eval import auroc, bootstrap, corp, isotonic, risk_coverage  # noqa: E402
+from model import read_json  # noqa: E402
 
 LINES = [("black", "-"), ("0.45", "-"), ("black", "--"), ("0.45", "--"), ("black", ":"),
          ("0.45", ":"), ("black", "-."), ("0.45", "-.")]
@@ -32,7 +33,7 @@ def read_lines(path):
 
 def read_scorers(path):
     """eval.json -> {scorer: its predictions}, of those that were made by a run."""
-    report, records = json.loads(path.read_text(encoding="utf-8")), {}
+    report, records = read_json(path), {}
     names = {metrics.get("run"): name for name, metrics in report["metrics"].items()}
     for record in read_lines(path.parent / "predictions.jsonl"):
         records.setdefault(names.get(record["run"], record["run"]), []).append(record)
@@ -113,7 +114,8 @@ def risk(plt, scorers):
         correct, sure, agree = (p >= 0.5) == y, np.abs(p - 0.5), (p >= 0.5) == stated
         axis.axhline(0.95, color="0.8", linewidth=1)
         ways = [("small |p - .5|", sure, LINES[0])]
-        if not np.isnan(stated).all():
+        # not where only some rows were asked for a text: the others cannot disagree
+        if all(one["explanation"] is not None for one in records) and not np.isnan(stated).all():
             ways += [("text disagrees, then the same", (agree + sure) / 2, LINES[3])]
         for label, confidence, (grey, dashes) in ways:
             share, accuracy, largest = risk_coverage(correct, confidence)
@@ -187,7 +189,7 @@ def main(argv=None):
         figures = [reliability(pyplot, scorers), roc(pyplot, scorers), risk(pyplot, scorers)]
         figures += [training(pyplot, read_lines(args.log))] if args.log else []
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the files are not eval.py's and train.py's: {error!r}") from None
+        raise ValueError(f"files that eval.py or train.py did not write: {error!r}") from None
     args.out.mkdir(parents=True, exist_ok=True)
     for name, figure in zip(names, figures, strict=True):
         png = io.BytesIO()

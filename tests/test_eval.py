@@ -1,6 +1,5 @@
-"""eval.py and what reads its results, against scikit-learn, hand-worked values, fabricated
-predictions and a tiny model. Every test names the mutation that it would catch.
-"""
+"""eval.py and what reads its results, against scikit-learn, hand-worked values and a tiny model.
+Every test names the mutation that it would catch."""
 
 import json
 import sys
@@ -278,13 +277,13 @@ def test_evidence_by_hand():
     """Fails if case counts, if "age" is found in "dosage", if precision looks only at the row's own
     evidence, if a phrase that stands in the text counts as invented, or if a row without the field
     counts."""
-    rows = [{"evidence": ["Heart failure", "family support"], "text": "Heart failure. Sepsis?"},
+    rows = [{"evidence": ["Heart failure", "family support"], "text": "Heart failure?"},
             {"evidence": ["age", " "], "text": "age"}, {"evidence": [], "text": "asepsis"},
             {"text": "nothing"}]
     texts = ["HEART failure, and sepsis.", "The dosage.", "Sepsis", "heart failure"]
     file_rows = [*rows, {"evidence": ["sepsis"]}]
-    # recall: 1 of 2, 0 of 1; precision: 1 of 2, (none cited), 0 of 1; invented: 0 of 2, 1 of 1
-    assert ev.evidence_scores(rows, texts, file_rows) == (0.25, 0.25, 0.5)
+    # recall: 1 of 2, 0 of 1; precision: 1 of 2, (none cited), 0 of 1; invented: 1 of 2, 1 of 1
+    assert ev.evidence_scores(rows, texts, file_rows) == (0.25, 0.25, 0.75)
     assert ev.evidence_scores([{"text": ""}], ["text"], [{}]) == (None, None, None)
 
 
@@ -309,7 +308,7 @@ def test_metrics_of_a_score_and_its_texts():
     rows = [{"text": "t", "label": label, "evidence": ["chest pain"]} for label in y.tolist()]
     predictions = [{"probability": p, "stated_label": said, "explanation": "Chest pain."}
                    for p, said in zip(p, stated, strict=True)]
-    sums = np.tile([6.0, 3.0, 2.0], (60, 1)) * (np.arange(60) % 2)[:, None]
+    sums = np.tile([6.0, 3.0, 4.0], (60, 1)) * (np.arange(60) % 2)[:, None]
     texts = ev.text_metrics(rows, predictions, sums, rows)
     third = np.array([2 if said is None else said for said in stated])
     parsable = third < 2
@@ -319,7 +318,7 @@ def test_metrics_of_a_score_and_its_texts():
     assert [texts["kappa"], texts["kappa_all"]] == pytest.approx(kappas)
     assert texts["agree_share"] == (third == head).mean()
     assert texts["agree_accuracy"] == (head == y)[third == head].mean()
-    assert (texts["reference_nll"], texts["base_kl"]) == (3, 1.5)
+    assert (texts["reference_nll"], texts["base_kl"]) == (1.5, 0.75)
     assert (texts["evidence_recall"], texts["evidence_invented"], texts["empty"]) == (1, 1, 0)
     json.dumps(result | texts, allow_nan=False)
 
