@@ -63,7 +63,7 @@ def parse(argv=None):
     add("--checkpointing", action="store_true", help="recompute activations: less memory, slower")
     # loss
     add("--cls-weight", type=float, default=1.0, help="of the score head's BCE")
-    add("--lm-weight", type=float, default=0.2, help="of the explanations' cross-entropy")
+    add("--lm-weight", type=float, default=1.0, help="of the explanations' cross-entropy")
     # steps
     add("--epochs", type=float, default=3.0, help="passes over the training rows")
     add("--batch", type=int, default=16, help="rows of one optimizer step")
