@@ -189,7 +189,7 @@ def main(argv=None):
         figures = [reliability(pyplot, scorers), roc(pyplot, scorers), risk(pyplot, scorers)]
         figures += [training(pyplot, read_lines(args.log))] if args.log else []
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"files that eval.py or train.py did not write: {error!r}") from None
+        raise ValueError(f"the files are not eval.py's and train.py's: {error!r}") from None
     args.out.mkdir(parents=True, exist_ok=True)
     for name, figure in zip(names, figures, strict=True):
         png = io.BytesIO()
