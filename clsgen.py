@@ -31,18 +31,25 @@ from torch import nn
 from tqdm import tqdm
 
 from data import Prompts, collate, encode_rows, printable, read_rows
-from model import checkpoint_files, compare_tensors, disk_name, load_llama, read_json
+from model import Linear, checkpoint_files, compare_tensors, disk_name, load_llama, read_json
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PEFT_PREFIX = "base_model.model."  # what peft puts before each name; else its names are ours
+PEFT_KEYS = set(  # of its adapter_config.json: used, or without effect on a trained adapter
+    "r lora_alpha target_modules use_rslora modules_to_save task_type auto_mapping peft_version"
+    " base_model_name_or_path revision inference_mode lora_dropout megatron_core qalora_group_size"
+    " runtime_config".split()
+)
 GOLDEN_TEXT = "The quick brown fox jumps over the lazy dog, 12 times out of 30."
 
 
 # --- LoRA, the two heads, the joint loss ----------------------------------------------------------
-class LoRALinear(nn.Linear):
+class LoRALinear(Linear):
     """y = x W^T + (alpha / rank) x A^T B^T, W frozen (arXiv 2106.09685). A is random and B zero, so
     that wrapping changes nothing. Both are float32, since small updates vanish in bfloat16; their
     products run in the base's dtype."""
+
+    off = False  # True leaves the base model, for every layer at once
 
     def __init__(self, base, rank, alpha):
         super().__init__(base.in_features, base.out_features, device="meta")
@@ -54,6 +61,8 @@ class LoRALinear(nn.Linear):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x):
+        if self.off:
+            return super().forward(x)
         small = F.linear(x, self.lora_A.weight.to(x.dtype))
         return super().forward(x) + F.linear(small, (self.scale * self.lora_B.weight).to(x.dtype))
 
@@ -65,6 +74,8 @@ class LoRALinear(nn.Linear):
 
 def add_lora(llama, rank, alpha, targets=TARGETS):
     """Freezes llama and puts LoRALinear in place of the named projections of every block."""
+    if type(rank) is not int or not 0 < rank <= llama.config.hidden_size:
+        raise ValueError(f"LoRA rank {rank}; 1 to {llama.config.hidden_size} (hidden size) is due")
     if unknown := set(targets) - set(TARGETS):
         raise ValueError(f"LoRA targets {sorted(unknown)}; supported are {', '.join(TARGETS)}")
     llama.requires_grad_(False)
@@ -136,9 +147,9 @@ def write_json(path, value):
     write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
-def write_tensors(path, tensors):
+def write_tensors(path, tensors, metadata=None):
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    write_atomically(path, save(tensors, {"format": "pt"}))
+    write_atomically(path, save(tensors, {"format": "pt"} | (metadata or {})))
 
 
 def adapter_tensors(model):
@@ -147,12 +158,32 @@ def adapter_tensors(model):
     return {PEFT_PREFIX + name: p.detach() for name, p in (groups["lora"] | groups["head"]).items()}
 
 
-def load_adapter(model, path):
+def read_adapter_config(folder):
+    """adapter_config.json of peft -> {"rank", "alpha", "targets"}; rslora's alpha / sqrt(rank) is
+    turned into an alpha / rank. ValueError names a setting that makes it more than plain LoRA."""
+    path = Path(folder) / "adapter_config.json"
+    raw = read_json(path)
+    due = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, False, "gaussian"]}
+    for key, value in raw.items():
+        if key not in PEFT_KEYS and value not in due.get(key, [None, False, {}, []]):
+            raise ValueError(f"{path}: {key} is {value!r}, which is not supported")
+    rank, alpha, targets = (raw.get(key) for key in ("r", "lora_alpha", "target_modules"))
+    fits = type(rank) is int and rank > 0 and type(alpha) in (int, float) and alpha > 0
+    if not (fits and isinstance(targets, list) and targets and set(targets) <= set(TARGETS)):
+        raise ValueError(f"{path}: r {rank!r}, lora_alpha {alpha!r}, target_modules {targets!r};"
+                         f" due are two numbers and a list out of {', '.join(TARGETS)}")
+    return {"rank": rank, "alpha": alpha * (rank**0.5 if raw.get("use_rslora") else 1.0),
+            "targets": [name for name in TARGETS if name in targets]}
+
+
+def load_adapter(model, path, need_head=True):
     """Copies a file of `adapter_tensors` into the model; ValueError names what does not fit."""
     try:
         tensors, own = load_file(path), adapter_tensors(model)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
+    if not need_head and PEFT_PREFIX + "score.weight" not in tensors:
+        del own[PEFT_PREFIX + "score.weight"]
     compare_tensors(*({name: t.shape for name, t in side.items()} for side in (own, tensors)), path)
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
@@ -185,7 +216,10 @@ def pick(dtype, device):
         cpu = torch.cpu.get_capabilities()
         fast = device.type != "cpu" or cpu.get("avx512_bf16") or cpu.get("amx_bf16")
         dtype = "bfloat16" if fast else "float32"
-    return getattr(torch, str(dtype).removeprefix("torch.")), device
+    name = str(dtype).removeprefix("torch.")
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype {name}; float32, bfloat16 or float16 is due")
+    return getattr(torch, name), device
 
 
 def choose_token(logits, temperature=0.0, top_p=1.0, generator=None):
@@ -314,29 +348,34 @@ def load_run(folder, model=None, dtype=None, device=None):
         return _load_run(folder, meta, model, dtype, device)
     except (KeyError, TypeError, AttributeError) as error:  # some key is gone, or of a wrong type
         raise ValueError(f"{folder / 'clsgen.json'} does not fit: {error!r}") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{folder}: {error}") from None
 
 
 def _load_run(folder, meta, model, dtype, device):
     dtype, device = pick(dtype or meta["golden"]["dtype"], device)
     merged = (folder / "score.safetensors").exists()
     base = folder if merged else Path(model or meta["base"])
-    if not base.is_dir():
-        raise ValueError(f"{base}: the base model of {folder} is not there; --model can name it")
+    if not os.path.isdir(base):
+        raise ValueError(f"the base model {base} is not there; --model can name it")
     if base_fingerprint(base) != meta["base_fingerprint"]:
-        raise ValueError(f"{base}: not the base of {folder}: other config, tokenizer or tensors")
+        raise ValueError(f"{base}: not the base of this run: other config, tokenizer or tensors")
     llama = load_llama(base, dtype, device)
     clsgen = CLSGen(llama if merged else add_lora(llama, **meta["lora"])).eval()
     load_adapter(clsgen, folder / ("score.safetensors" if merged else "adapter_model.safetensors"))
     digest = hashlib.sha256((folder / "clsgen.json").read_bytes()).hexdigest()[:12]
     run = Run(clsgen, Prompts(base, **meta["prompts"]), meta, digest)
-    calibration = meta["calibration"]["temperature"] + meta["calibration"]["bias"]
-    float(calibration + meta["threshold"] + meta["base_rate"]), str(meta["scorer"])  # all there?
+    temperature, bias = meta["calibration"]["temperature"], meta["calibration"]["bias"]
+    values = meta["scorer"], temperature, bias, meta["threshold"], meta["base_rate"]
+    fits = values[0] in ("head", "label_token") and temperature > 0
+    if not fits or not all(abs(value) < 1e9 for value in values[1:]):  # NaN neither
+        raise ValueError(f"clsgen.json: scorer, calibration, threshold, base rate: {values}")
     stored, here = meta["golden"], run.golden()
     tolerance = 1e-3 if stored["dtype"] == here["dtype"] == "float32" else 0.25
     if stored["ids"] != here["ids"]:
-        raise ValueError(f"{folder}: the tokenizer is not the one that this run was trained with")
+        raise ValueError("the tokenizer is not the one that this run was trained with")
     if not abs(stored["logit"] - here["logit"]) <= tolerance:
-        raise ValueError(f"{folder}: a fixed sentence has logit {here['logit']:.4f}, the run says "
+        raise ValueError(f"a fixed sentence has logit {here['logit']:.4f}, the run says "
                          f"{stored['logit']:.4f}: other base weights, LoRA or head")
     return run
 
@@ -366,11 +405,32 @@ def merge(run, base, out):
 
 
 def predict_file(run, args, choose):
-    """--data to --out, a line a row: the whole file, or what was there."""
-    rows = read_rows(args.data, labels=False)
-    records = run.predict(rows, not args.no_explain, args.batch, args.decide, choose, progress=True)
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    write_atomically(args.out, "".join(lines))
+    """--data to --out, a line a row. They gather in OUT.part, a chunk at a time and synced, so that
+    the same command goes on where it was stopped; its first line says what the command was."""
+    rows, part = read_rows(args.data, labels=False), args.out.with_name(args.out.name + ".part")
+    names = ("no_explain", "decide", "temperature", "top_p", "seed", "batch")
+    head = {"run": run.name, "data": hashlib.sha256(args.data.read_bytes()).hexdigest()}
+    head = (json.dumps(head | {name: getattr(args, name) for name in names}) + "\n").encode()
+    there = part.exists() and not args.overwrite
+    lines = part.read_bytes().splitlines(keepends=True) if there else []
+    if lines and lines[0] != head:
+        raise ValueError(f"{part} was begun with other arguments or data; --overwrite starts anew")
+    # Chunks, and the draws in them, are the same wherever the last call stopped
+    chunk, whole = 8 * args.batch, sum(line.endswith(b"\n") for line in lines[1:])
+    done = len(rows) if whole == len(rows) else whole // chunk * chunk
+    write_atomically(part, b"".join([head, *lines[1 : 1 + done]]))
+    with (open(part, "a", encoding="utf-8") as file,
+          tqdm(total=len(rows), initial=done, unit="row") as bar):
+        for start in range(done, len(rows), chunk):
+            choose.keywords["generator"].manual_seed(args.seed + start)
+            records = run.predict(rows[start : start + chunk], not args.no_explain, args.batch,
+                                  args.decide, choose)
+            file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in records)
+            file.flush()
+            os.fsync(file.fileno())
+            bar.update(len(records))
+    write_atomically(args.out, part.read_bytes().removeprefix(head))
+    part.unlink()
     print(f"{len(rows)} predictions in {args.out}")
 
 
@@ -379,9 +439,9 @@ def predict_text(run, args, choose):
     examples = encode_rows([{"id": 1, "text": args.text}], run.prompts)
     steps = run.run_batch(examples, not args.no_explain, args.decide, choose)
     record, ids, shown = next(steps)[0], [], 0
-    print(f"probability of {run.prompts.word(1)}: {record['probability']:.3f}  (decision: "
-          f"{run.prompts.word(record['label'])}, threshold {record['threshold']:.3f}; "
-          f"{record['tokens_cut']} tokens of the text cut)")
+    yes, decision = (printable(run.prompts.word(label)) for label in (1, record["label"]))
+    print(f"probability of {yes}: {record['probability']:.3f}  (decision: {decision}, threshold "
+          f"{record['threshold']:.3f}; {record['tokens_cut']} tokens of the text cut)")
     for tokens in steps:
         ids += tokens.tolist()
         text = printable(run.prompts.decode(ids))
@@ -396,7 +456,7 @@ def run_main(main):
     try:
         main()
     except (ValueError, OSError) as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        sys.exit(print("error:", printable(str(error)), file=sys.stderr) or 2)
     except KeyboardInterrupt:
         sys.exit(print("stopped", file=sys.stderr) or 130)
 
@@ -407,7 +467,7 @@ def main(argv=None):
     add("command", nargs="?", choices=["predict", "merge"], default="predict")
     add("--run", required=True, help="a run folder of train.py, or a merged folder")
     add("--text", help="one text: prints its probability and streams the explanation")
-    add("--data", help="JSON Lines rows with `text`")
+    add("--data", type=Path, help="JSON Lines rows with `text`")
     add("--out", type=Path, help="predictions (JSON Lines), or the merged folder")
     add("--overwrite", action="store_true", help="replace the predictions in --out")
     add("--no-explain", action="store_true", help="probabilities only")

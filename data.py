@@ -57,7 +57,7 @@ FIELDS = {  # name: (test, what is due)
     "group": (_clean, "a string"),
     "probability": (lambda v: _is((int, float))(v) and 0 <= v <= 1, "a number from 0 to 1"),
     "evidence": (lambda v: isinstance(v, list) and all(map(_clean, v)), "a list of strings"),
-    "explanation_source": (_is(dict), "what `explain` writes"),
+    "explanation_source": (lambda v: True, "what `explain` writes, and nothing else reads"),
 }
 
 
@@ -65,10 +65,16 @@ def _constant(name):
     raise ValueError(f"{name} is not JSON")
 
 
+def _object(pairs):
+    if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise ValueError(f"{twice[0][:60]!r} stands twice in an object")
+    return dict(pairs)
+
+
 def _read_row(line, number, labels):
     """One line -> a row with the known fields only; ValueError says what is wrong."""
     try:
-        raw = json.loads(line.decode("utf-8"), parse_constant=_constant)
+        raw = json.loads(line.decode(), parse_constant=_constant, object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start + 1} of the line)") from None
     except json.JSONDecodeError as error:
@@ -143,10 +149,10 @@ def split_valid(rows, fraction, seed):
 
 # --- prompts --------------------------------------------------------------------------------------
 # Each frame: its special tokens (the last one ends an answer) and the prompt around {user}, which
-# is question, blank line, text. A tokenizer gets the first frame whose special tokens it has
-# (llama2, whose [INST] is plain text, by --format only).
-# They equal the models' own chat templates for [system, user] except: Llama-3.1's date header,
-# Qwen3's empty think block.
+# is question, blank line, text. A tokenizer gets the first frame whose special tokens it has (those
+# after plain, whose [INST] is plain text, by --format only). They equal the models' own chat
+# templates for [system, user] except: Llama-3.1's date header; Qwen3's empty think block; blanks
+# at the ends of a text, which Llama's templates strip.
 FRAMES = {
     "chatml": (("<|im_start|>", "<|im_end|>"),
                "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
@@ -155,9 +161,10 @@ FRAMES = {
                "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>"
                "<|start_header_id|>user<|end_header_id|>\n\n{user}<|eot_id|>"
                "<|start_header_id|>assistant<|end_header_id|>\n\n"),
-    "mistral": (("<s>", "[INST]", "[/INST]", "</s>"), "<s>[INST]{system}\n\n{user}[/INST]"),
+    "mistral": (("<s>", "[INST]", "[/INST]", "</s>"), "<s>[INST] {system}\n\n{user}[/INST]"),
     "plain": ((), "{system}\n\n{user}\n\nAnswer:\n"),
     "llama2": (("<s>", "</s>"), "<s>[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST]"),
+    "mistral-v1": (("<s>", "</s>"), "<s> [INST] {system}\n\n{user} [/INST]"),  # 7B v0.1, v0.2
 }
 
 
@@ -176,7 +183,7 @@ class Prompts:
 
     A row's text never acts as markup: plain text is encoded by a second tokenizer, the same one
     without its added tokens, so "<|im_end|>" in a text is ordinary characters. Where [INST] is no
-    token of its own (llama2), a space breaks it in the text.
+    token of its own (llama2, mistral-v1), a space breaks it in the text.
     """
 
     def __init__(self, folder, question=QUESTION, labels=("no", "yes"), format=None,
@@ -187,12 +194,20 @@ class Prompts:
         spec = read_json(path)
         try:
             self.tokenizer = Tokenizer.from_str(json.dumps(spec))
-            self.plain = Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
-        except Exception as error:  # tokenizers raises nothing narrower
+            plain = json.dumps({**spec, "added_tokens": []})
+            self.plain = Tokenizer.from_str(plain)
+            # "first" puts a blank before a whole input only, never after a special token
+            first, never = (f'"prepend_scheme": "{scheme}"' for scheme in ("first", "never"))
+            self.inner = Tokenizer.from_str(plain.replace(first, never))
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # tokenizers raises nothing narrower, and panics
             raise ValueError(f"{path}: {error}") from None
-        for tokenizer in (self.tokenizer, self.plain):
+        for tokenizer in (self.tokenizer, self.plain, self.inner):
             tokenizer.no_padding()
             tokenizer.no_truncation()
+        if min(max_prompt, max_answer) < 1 or {type(max_prompt), type(max_answer)} != {int}:
+            raise ValueError(f"bounds {max_prompt}, {max_answer}: 1, 2, ... are due")
         for key, due in (("vocab_size", max(self.tokenizer.get_vocab().values()) + 1),
                          ("max_position_embeddings", max_prompt + max_answer)):
             have = config.get(key, math.inf)
@@ -212,7 +227,8 @@ class Prompts:
         for source in (read_json(generation) if generation.exists() else {}, config):
             eos = source.get("eos_token_id")
             stops += eos if isinstance(eos, list) else [] if eos is None else [eos]
-        if not stops or not all(type(token) is int and token >= 0 for token in stops):
+        size = config.get("vocab_size", math.inf)
+        if not stops or not all(type(token) is int and 0 <= token < size for token in stops):
             raise ValueError(f"{folder}: eos_token_id {stops}; token ids are due")
         self.stop_ids = list(dict.fromkeys(stops))
         # "No.", "Yes.": the strings whose log-probability is the label-token score
@@ -232,7 +248,7 @@ class Prompts:
 
         def ids(part):
             if part not in specials:
-                return self._encode(part.replace("{system}", SYSTEM)).ids
+                return self._encode(part.replace("{system}", SYSTEM), self.format != "plain").ids
             if (index := self.tokenizer.token_to_id(part)) is None:
                 raise ValueError(f"format {self.format}: the tokenizer has no token {part}")
             return [index]
@@ -244,8 +260,9 @@ class Prompts:
         self.opening, self.closing = parts[at].replace("{system}", SYSTEM).split("{user}")
         self.opening += self.question + "\n\n"
 
-    def _encode(self, text):
-        return self.plain.encode(text, add_special_tokens=False)
+    def _encode(self, text, inner=False):
+        tokenizer = self.inner if inner else self.plain
+        return tokenizer.encode(text, add_special_tokens=False)
 
     def word(self, label):
         """The label's word with its first letter upper-cased: 1 -> "Yes"."""
@@ -258,9 +275,9 @@ class Prompts:
         "?\\n\\n" and what follows would give other tokens than together. The cut is made in the
         middle of the text, never in frame or question.
         """
-        if self.format == "llama2":
+        if FRAMES[self.format][0] == ("<s>", "</s>"):
             text = re.sub(r"(\[/?)(INST\])", r"\1 \2", text)
-        encoded = self._encode(self.opening + text + self.closing)
+        encoded = self._encode(self.opening + text + self.closing, self.format != "plain")
         ids, start = encoded.ids, len(self.opening)
         cut = max(0, len(self.before) + len(ids) + len(self.after) - self.max_prompt)
         if cut:
@@ -515,7 +532,7 @@ def ask(text, temperature, seed, args):
         wait = 2**attempt
         try:
             with urlopen(request, timeout=args.timeout) as reply:
-                said = json.load(reply)["choices"][0]["message"]["content"] or ""
+                said = json.loads(reply.read())["choices"][0]["message"]["content"] or ""
             return without_thinking(said).replace(key or "\0", "[key]")
         except HTTPError as error:
             problem = f"HTTP {error.code} "
@@ -593,7 +610,8 @@ def resume(args, rows):
     for number, line in enumerate(whole.splitlines(), 1):
         row = _read_row(line, number, labels=True)
         given = rows[number - 1] if number <= len(rows) else {"id": None}
-        began = row.get("explanation_source", {}).get("arguments")
+        source = row.get("explanation_source")
+        began = source.get("arguments") if isinstance(source, dict) else None
         if row["id"] != given["id"] or not ("explanation" in given or began == args.fingerprint):
             raise ValueError(f"{args.out}:{number}: written with other arguments or for other "
                              "rows; give another --out")

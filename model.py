@@ -14,6 +14,7 @@ K key/value heads, each of size E.
 
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,8 +70,10 @@ class LlamaConfig:
                 raise ValueError(f"{name}: {key} is {value!r}; supported is {due}")
 
         def number(key, where=raw, kinds=(int, float)):
-            value, due = where.get(key), "1, 2, ..." if kinds == (int,) else "a number above 0"
-            support(type(value) in kinds and 0 < value < math.inf, key, value, due)
+            value, due, limit = where.get(key), "a number above 0", math.inf
+            if kinds == (int,):  # below the limit, no product of sizes overflows
+                due, limit = "1, 2, ... below 2^24", 2**24
+            support(type(value) in kinds and 0 < value < limit, key, value, due)
             return value
 
         family = raw.get("model_type")
@@ -85,7 +88,9 @@ class LlamaConfig:
         sizes = {key: number(key, sizes, (int,)) for key in names}
         heads, kv_heads = sizes["num_attention_heads"], sizes["num_key_value_heads"]
         support(heads % kv_heads == 0, "num_key_value_heads", kv_heads, f"a divisor of {heads}")
-        support(sizes["head_dim"] % 2 == 0, "head_dim", sizes["head_dim"], "an even number")
+        head_dim = sizes["head_dim"]
+        support(head_dim % 2 == 0 and heads * head_dim < 2**24, "head_dim", head_dim,
+                f"an even number below 2^24 / {heads}")
         # Rotary positions: `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters`
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         support(isinstance(rope, dict), "rope_scaling", rope, "an object or null")
@@ -101,7 +106,7 @@ class LlamaConfig:
                 "sliding_window", "absent", "a number or null")
         windowed = mistral and raw["sliding_window"] is not None
         if unknown := sorted(raw.keys() - KNOWN - FIXED.keys() - set(names)):
-            print(f"warning: {name}: unknown keys: {', '.join(unknown)}", file=sys.stderr)
+            print(f"warning: {name}: unknown keys: {unknown}", file=sys.stderr)
         bias = bool(raw.get("attention_bias"))
         return cls(
             **sizes, rms_norm_eps=number("rms_norm_eps"), rope_scaling=llama3,
@@ -112,6 +117,13 @@ class LlamaConfig:
 
 
 # --- the layers -----------------------------------------------------------------------------------
+class Linear(nn.Linear):
+    """x W^T + b without initial values: the checkpoint has them, and drawing them takes seconds."""
+
+    def reset_parameters(self):
+        pass
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, the mean in float32 (arXiv 1910.07467)."""
 
@@ -166,10 +178,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim, q_size = c.head_dim, c.num_attention_heads * c.head_dim
         kv_size = c.num_key_value_heads * c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, q_size, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(q_size, c.hidden_size, bias=c.o_bias)
+        self.q_proj = Linear(c.hidden_size, q_size, bias=c.qkv_bias)
+        self.k_proj = Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
+        self.v_proj = Linear(c.hidden_size, kv_size, bias=c.qkv_bias)
+        self.o_proj = Linear(q_size, c.hidden_size, bias=c.o_bias)
         if c.qk_norm:
             self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
             self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
@@ -192,9 +204,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -219,11 +231,12 @@ class Llama(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, self.checkpointing = config, False
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        embedding = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def new_cache(self, rows, size):
         """Room for the keys and values of `size` tokens a row, (layers, 2, B, K, S, E). Prompts are
@@ -287,7 +300,7 @@ def checkpoint_files(folder):
         if not names or any(Path(name).name != name for name in names):
             raise ValueError(f"{index}: weight_map must give names of files in this folder")
     for name in names:
-        if not (Path(folder) / name).is_file():
+        if not os.path.isfile(Path(folder) / name):
             raise ValueError(f"{folder}: {name} is missing")
     return [Path(folder) / name for name in names]
 
@@ -312,8 +325,6 @@ def load_llama(folder, dtype=torch.bfloat16, device="cpu"):
     """A Hugging Face folder -> Llama in eval mode. ValueError that says what is wrong."""
     path, files = Path(folder) / "config.json", checkpoint_files(folder)
     config = LlamaConfig.from_dict(read_json(path), path)
-    with torch.device("meta"):  # shapes only: no memory is taken before the checkpoint fits
-        llama = Llama(config).to(dtype)
     # Tied checkpoints may repeat the embedding as lm_head; old ones store the rotary table
     unused = ("rotary_emb.inv_freq",) + ("lm_head.weight",) * config.tie_word_embeddings
     found, path_of = {}, {}
@@ -321,13 +332,21 @@ def load_llama(folder, dtype=torch.bfloat16, device="cpu"):
         try:
             with safe_open(path, "pt") as file:
                 for key in (key for key in file.keys() if not key.endswith(unused)):
-                    found[key], path_of[key] = file.get_slice(key).get_shape(), path
+                    part, path_of[key] = file.get_slice(key), path
+                    found[key], kind = part.get_shape(), part.get_dtype()
+                    if kind not in ("F64", "F32", "F16", "BF16"):  # quantised: needs scales too
+                        raise ValueError(f"{path}: {key} is stored as {kind}; floats are due")
         except SafetensorError as error:
             raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
+    if config.num_hidden_layers > len(found):  # building a million layers would take for ever
+        raise ValueError(f"{folder}: {config.num_hidden_layers} layers, but {len(found)} tensors")
+    with torch.device("meta"):  # shapes only: no memory is taken before the checkpoint fits
+        llama = Llama(config)
     due = {disk_name(name): parameter.shape for name, parameter in llama.named_parameters()}
     compare_tensors(due, found, folder)
-    llama.to_empty(device=device)
-    for name, parameter in llama.named_parameters():  # one at a time, cast as it is copied
+    state = {}
+    for name, _ in llama.named_parameters():  # one at a time, cast as it is copied
         with safe_open(path_of[disk_name(name)], "pt") as file:
-            parameter.data.copy_(file.get_tensor(disk_name(name)))
+            state[name] = file.get_tensor(disk_name(name)).to(device, dtype, copy=True)
+    llama.load_state_dict(state, assign=True)
     return llama.eval()

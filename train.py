@@ -1,6 +1,8 @@
 """Joint training of CLSGen: LoRA and a score head on one Llama, both losses in every step.
 
     python train.py --data examples/discharge/train.jsonl --valid examples/discharge/valid.jsonl
+    python train.py --resume runs/train                    # goes on after the last saved step
+    torchrun --nproc_per_node 8 train.py --data x.jsonl    # shares each step's rows out to 8 GPUs
 
 The baselines are the same loop with one weight at zero: --lm-weight 0 is a plain classifier,
 --cls-weight 0 plain generative fine-tuning. The run folder holds all that a prediction needs but
@@ -8,21 +10,33 @@ the base weights; log.jsonl has a line for every step and every validation.
 """
 
 import argparse
+import copy
+import hashlib
 import json
 import math
+import os
+import signal
+import sys
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from clsgen import TARGETS, CLSGen, Run, adapter_tensors, add_lora, base_fingerprint, joint_loss
-from clsgen import pick, run_main, versions
+from clsgen import TARGETS, CLSGen, Run, add_lora, base_fingerprint, joint_loss, load_adapter
+from clsgen import pick, read_adapter_config, run_main, versions, write_atomically, write_tensors
 from data import DataError, Prompts, add_prompt_arguments, collate, encode_rows, printable
 from data import read_rows, show, split_valid
-from eval import auroc, best_f1_threshold, calibration_slope, score_metrics, table
+from eval import UNFITTED, auroc, best_f1_threshold, calibration_slope, collapse, reference_sums
+from eval import score_metrics, table
 from model import load_llama
+
+STATE = Path("resume") / "state.safetensors"  # in the run folder: what --resume goes on from
 
 
 # --- arguments ------------------------------------------------------------------------------------
@@ -31,7 +45,7 @@ def parse(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     # data
-    add("--data", required=True, type=Path, help="training rows, JSON Lines")
+    add("--data", type=Path, help="training rows, JSON Lines")
     add("--valid", type=Path, help="validation rows, JSON Lines")
     add("--valid-fraction", type=float, default=0.1, help="without --valid: this share of --data")
     add("--valid-rows", type=int, default=500, help="validate on at most this many rows")
@@ -45,10 +59,11 @@ def parse(argv=None):
     add("--alpha", type=float, default=32.0, help="LoRA's product is scaled by alpha / rank")
     add("--targets", nargs="+", default=list(TARGETS), choices=TARGETS, metavar="PROJ",
         help="projections that LoRA wraps")
+    add("--init-adapter", help="start from a LoRA adapter of peft: with its rank, alpha, targets")
     add("--checkpointing", action="store_true", help="recompute activations: less memory, slower")
     # loss
     add("--cls-weight", type=float, default=1.0, help="of the score head's BCE")
-    add("--lm-weight", type=float, default=0.2, help="of the explanations' cross-entropy")
+    add("--lm-weight", type=float, default=1.0, help="of the explanations' cross-entropy")
     # steps
     add("--epochs", type=float, default=3.0, help="passes over the training rows")
     add("--batch", type=int, default=16, help="rows of one optimizer step")
@@ -63,7 +78,21 @@ def parse(argv=None):
     add("--overwrite", action="store_true", help="replace the run in --out, from the first step on")
     add("--valid-every", type=int, help="validate every so many steps (default: each epoch)")
     add("--keep-best", action="store_true", help="keep the step of lowest validation BCE")
+    add("--save-every", type=int, default=50, help="save every so many steps; validations save too")
+    add("--resume", type=Path, metavar="RUN", help="go on with this run and the flags it had")
     args = parser.parse_args(argv)
+    if args.resume:
+        saved = read_state(args.resume)[0]["config"]
+        parser.set_defaults(**{name: saved[name] for name in vars(args).keys() & saved.keys()})
+        args = parser.parse_args(argv)  # `restore` refuses a flag that is not what it was
+        args.out = args.resume
+    elif args.data is None:
+        raise ValueError("--data is missing (or --resume)")
+    elif args.init_adapter:
+        for name, value in read_adapter_config(args.init_adapter).items():
+            if getattr(args, name) not in (parser.get_default(name), value):
+                raise ValueError(f"--{name} {getattr(args, name)}: {args.init_adapter} has {value}")
+            setattr(args, name, value)
     args.out = args.out or Path("runs") / args.data.stem
     return args
 
@@ -73,7 +102,7 @@ def check_arguments(args):
     wrong = [f"--{name.replace('_', '-')} {getattr(args, name)} is below {low}" for name, low in (
         ("rank", 1), ("batch", 1), ("micro_batch", 1), ("valid_rows", 1), ("max_prompt", 1),
         ("max_answer", 1), ("seed", 0), ("cls_weight", 0), ("lm_weight", 0), ("warmup", 0),
-    ) if not getattr(args, name) >= low]
+        ("save_every", 1)) if not getattr(args, name) >= low]
     wrong += [f"--{name.replace('_', '-')} {getattr(args, name)} is no number above 0" for name in (
         "alpha", "epochs", "lr", "head_lr", "clip") if not 0 < getattr(args, name) < math.inf]
     if args.warmup > 1:
@@ -86,8 +115,11 @@ def check_arguments(args):
         wrong.append("--cls-weight and --lm-weight are both 0: nothing would train")
     if not 0 < args.valid_fraction < 1:
         wrong.append(f"--valid-fraction {args.valid_fraction} is not between 0 and 1")
-    if (args.out / "clsgen.json").exists() and not args.overwrite:
-        wrong.append(f"{args.out} has a run already; give another --out or --overwrite")
+    if not args.overwrite and not args.resume:
+        if (args.out / "clsgen.json").exists():
+            wrong.append(f"{args.out} has a run already; give another --out or --overwrite")
+        elif (args.out / STATE).exists():
+            wrong.append(f"{args.out} has a stopped run; give --resume {args.out} or --overwrite")
     if wrong:
         raise ValueError("; ".join(wrong))
 
@@ -166,6 +198,14 @@ def validate(model, examples, device, size):
     return {"bce": bce, "lm": lm, "auroc": auroc(y, sigmoid(z))}, z
 
 
+def watch_text(model, prompts, rows, size):
+    """The collapse meter: what a few rows' texts are like by now, 64 tokens of each at most."""
+    prompts = copy.copy(prompts)
+    prompts.max_answer = min(64, prompts.max_answer)
+    run = Run(model, prompts, UNFITTED)
+    return collapse(run.predict(rows, batch_size=size), reference_sums(run, rows, size))
+
+
 def calibrate(y, z):
     """(temperature, bias, sentence or None): sigmoid(z / T + b) by log loss (Platt 1999)."""
     try:
@@ -180,16 +220,21 @@ def calibrate(y, z):
 
 
 # --- training -------------------------------------------------------------------------------------
-def train_step(model, optimizer, examples, args, share, device):
-    """One optimizer step over `examples` in micro-batches -> (BCE, LM loss), each a mean."""
+def train_step(model, optimizer, examples, args, share, device, rank=0, ranks=1):
+    """One optimizer step over `examples` in micro-batches -> this rank's part of (BCE, LM loss),
+    means over the whole step. ValueError for a loss or a gradient that is not finite, before any
+    parameter changes."""
     n_tokens = sum(len(example.answer) for example in examples)
-    bce = lm = 0.0
-    for micro in micro_batches(examples, args.micro_batch):
-        batch = collate(micro, device)
-        z, logits = model(batch)
-        loss, *parts = joint_loss(z, batch.labels, logits, batch.targets, len(examples), n_tokens,
-                                  args.cls_weight, args.lm_weight)
-        loss.backward()
+    bce, lm, micros = 0.0, 0.0, micro_batches(examples[rank::ranks], args.micro_batch)
+    for micro in micros:
+        batch, wait = collate(micro, device), ranks > 1 and micro is not micros[-1]
+        with model.no_sync() if wait else nullcontext():  # ranks add their gradients once a step
+            z, logits = model(batch)
+            loss, *parts = joint_loss(z, batch.labels, logits, batch.targets, len(examples),
+                                      n_tokens, args.cls_weight, args.lm_weight)
+            if not loss.isfinite():
+                raise ValueError(f"the loss is {loss.item()}; rows: {[e.id for e in micro]}")
+            (ranks * loss).backward()  # DistributedDataParallel takes the mean over the ranks
         bce, lm = bce + parts[0].item(), lm + parts[1].item()
     for group in optimizer.param_groups:
         group["lr"] = share * group["peak"]
@@ -197,11 +242,91 @@ def train_step(model, optimizer, examples, args, share, device):
         # mean, and would shrink LoRA's at random
         norm = torch.nn.utils.clip_grad_norm_(group["params"], args.clip)
         if not math.isfinite(norm):
-            ids = ", ".join(str(example.id) for example in examples)
+            ids = [example.id for example in examples]
             raise ValueError(f"the gradient is not finite; rows of this step: {ids}")
     optimizer.step()
     optimizer.zero_grad()
     return bce, lm
+
+
+def total(values, device):
+    """The sums of some numbers over all ranks."""
+    if not dist.is_initialized():
+        return values
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return values.tolist()
+
+
+@contextmanager
+def stop_signals():
+    """A list that Ctrl-C or SIGTERM goes into, so that a step can end; the second acts at once."""
+    caught, before = [], {}
+
+    def note(number, frame):
+        caught.append(number)
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- save and resume ------------------------------------------------------------------------------
+# Order and initial values follow from the seed and nothing else is random: weights, AdamW's moments
+# and the step's number are the whole state. It is one file, so that it is never half new.
+def save_state(folder, trained, optimizer, state, best):
+    """trained {name: parameter}; `best`: the tensors that are kept at the end."""
+    tensors = {"best." + name: tensor for name, tensor in best.items()}
+    for name, parameter in trained.items():
+        tensors["weight." + name] = parameter
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}.{name}"] = value
+    (folder / STATE).parent.mkdir(exist_ok=True)
+    write_tensors(folder / STATE, tensors, {"state": json.dumps(state)})
+
+
+def read_state(folder):
+    """(state, tensors) as saved; ValueError where there is none."""
+    try:
+        with safe_open(folder / STATE, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            state = json.loads(file.metadata()["state"])
+        return {"config": dict(state["config"]), **state}, tensors
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / STATE}: nothing to resume from ({error})") from None
+
+
+def restore(folder, trained, optimizer, config):
+    """Puts the saved tensors back -> (state, best), and cuts log.jsonl back to that step.
+    ValueError when flags, data, base model or number of ranks are not what they were."""
+    state, tensors = read_state(folder)
+    changed = {name: f"{name} was {state['config'].get(name)}, is {value}"
+               for name, value in config.items() if state["config"].get(name) != value}
+    for name in changed.keys() & {"versions", "threads"}:
+        print(f"warning: {changed.pop(name)}: the result may differ in the last bits")
+    if changed:
+        raise ValueError(f"--resume {folder}: {'; '.join(changed.values())}")
+    try:
+        for name, parameter in trained.items():
+            parameter.data.copy_(tensors["weight." + name])
+            if "step." + name in tensors:
+                optimizer.state[parameter] = {"step": tensors["step." + name]} | {
+                    key: tensors[f"{key}.{name}"].to(parameter.device)
+                    for key in ("exp_avg", "exp_avg_sq")}
+        lines = (folder / "log.jsonl").read_bytes().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n")]
+        kept = [line for line in whole if json.loads(line).get("step", 0) <= state["step"]]
+    except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder}: {STATE} or log.jsonl does not fit: {error!r}") from None
+    write_atomically(folder / "log.jsonl", b"".join(kept))
+    best = {name.removeprefix("best."): tensor for name, tensor in tensors.items()
+            if name.startswith("best.")}
+    return state, best
 
 
 def introduce(config, groups, train, valid, prompts):
@@ -241,7 +366,7 @@ def finish(args, model, prompts, rows, z, meta):
     print(table(columns, ("auroc", "f1", "log_loss", "ece", "ece_floor")))
     for record in run.predict([rows[i] for i in (0, len(rows) // 2, len(rows) - 1)]):
         stated = {None: "nothing", **dict(enumerate(prompts.labels))}[record["stated_label"]]
-        print(f"\nrow {record['id']}: probability {record['probability']:.3f}, label "
+        print(f"\nrow {record['id']!r}: probability {record['probability']:.3f}, label "
               f"{prompts.labels[record['true_label']]}; the text states {stated}:\n"
               f"  {printable(record['explanation'])}")
     print(f"\nrun folder: {args.out}")
@@ -252,6 +377,15 @@ def main(argv=None):
     check_arguments(args)
     torch.manual_seed(args.seed)
     dtype, device = pick(args.dtype, args.device)
+    # torchrun starts one process a GPU and says which is which
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1:
+        cuda = device.type == "cuda"
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else device
+        dist.init_process_group("nccl" if cuda else "gloo")
+        sys.stdout = open(os.devnull, "w") if rank else sys.stdout  # rank 0 speaks and writes
+    if args.batch < ranks:
+        raise ValueError(f"--batch {args.batch} is below the number of processes, {ranks}")
     prompts = Prompts(args.model, args.question, args.labels, args.format, args.max_prompt,
                       args.max_answer)
     rows, valid_rows = load_data(args)
@@ -262,6 +396,9 @@ def main(argv=None):
     llama.checkpointing = args.checkpointing
     model = CLSGen(add_lora(llama, args.rank, args.alpha, args.targets))
     groups = model.parameter_groups()
+    trained = groups["lora"] | groups["head"]
+    if args.init_adapter and not args.resume:
+        load_adapter(model, Path(args.init_adapter) / "adapter_model.safetensors", need_head=False)
     peaks = {"lora": args.lr} | ({"head": args.head_lr} if args.cls_weight else {})
     optimizer = torch.optim.AdamW(
         [{"params": list(groups[name].values()), "peak": peak} for name, peak in peaks.items()],
@@ -272,42 +409,66 @@ def main(argv=None):
     epochs = range(math.ceil(steps * args.batch / len(train)))
     order = np.concatenate([epoch_order(labels, args.seed, epoch) for epoch in epochs])
     every = args.valid_every or math.ceil(len(train) / args.batch)
-    config = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()}
-    config |= {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "steps": steps,
-               "format": prompts.format, "threads": torch.get_num_threads(), "versions": versions()}
+    few = sorted(valid_rows, key=lambda row: "explanation" not in row)[:8]
+    config = {key: str(v) if isinstance(v, Path) else v for key, v in vars(args).items()
+              if key not in ("out", "overwrite", "resume")}
+    config |= {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "steps": steps,
+               "format": prompts.format, "ranks": ranks, "threads": torch.get_num_threads(),
+               "base_sha256": base_fingerprint(args.model), "versions": versions()}
+    for path in filter(None, (args.data, args.valid)):
+        config[f"sha256 of {path}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    state, best = {"config": config, "step": 0, "tokens": 0, "seconds": 0.0}, {}
     introduce(config, groups, train, valid, prompts)
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "clsgen.json").unlink(missing_ok=True)  # until the end this is no finished run
-    best, tokens, start = None, 0, time.perf_counter()
-    with open(args.out / "log.jsonl", "w") as log, tqdm(total=steps, desc="train") as bar:
-        def write(line):
-            print(json.dumps(line), file=log, flush=True)
-
-        write({"config": config})
-        for step in range(1, steps + 1):
+    if args.resume:
+        state, best = restore(args.out, trained, optimizer, config)
+        print(f"going on after step {state['step']} of {steps}")
+    elif rank == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        for name in ("clsgen.json", STATE):  # until the end this is no finished run
+            (args.out / name).unlink(missing_ok=True)
+        write_atomically(args.out / "log.jsonl", json.dumps({"config": config}) + "\n")
+    ddp, start = DistributedDataParallel(model) if ranks > 1 else model, time.perf_counter()
+    start -= state["seconds"]
+    path = os.devnull if rank else args.out / "log.jsonl"
+    with (open(path, "a") as log, stop_signals() as caught,
+          tqdm(total=steps, initial=state["step"], desc="train", disable=rank > 0) as bar):
+        for step in range(state["step"] + 1, steps + 1):
             examples = [train[i] for i in order[(step - 1) * args.batch : step * args.batch]]
             share = schedule(step - 1, steps, args.warmup)
-            bce, lm = train_step(model, optimizer, examples, args, share, device)
-            tokens, seconds = tokens + sum(map(len, examples)), time.perf_counter() - start
-            write({"step": step, "bce": bce, "lm": lm, "lr": share * args.lr, "tokens": tokens,
-                   "seconds": round(seconds, 2)})
+            parts = train_step(ddp, optimizer, examples, args, share, device, rank, ranks)
+            bce, lm, stop = total([*parts, float(len(caught))], device)
+            tokens, seconds = state["tokens"] + sum(map(len, examples)), time.perf_counter() - start
+            state |= {"step": step, "tokens": tokens, "seconds": round(seconds, 2)}
+            line = {"step": step, "bce": bce, "lm": lm, "lr": share * args.lr, "tokens": tokens,
+                    "seconds": state["seconds"]}
+            print(json.dumps(line), file=log, flush=True)
             rate = f"{tokens / seconds:.0f} tok/s"
             bar.set_postfix_str(f"bce {bce:.3f} lm {lm:.3f} {rate}", refresh=False)
             bar.update()
-            if step % every == 0 or step == steps:
+            if due := step % every == 0 or step == steps:
                 measured, z = validate(model, valid, device, 4 * args.micro_batch)
-                write({"step": step, "valid": measured})
+                measured |= watch_text(model, prompts, few, 4 * args.micro_batch)
+                print(json.dumps({"step": step, "valid": measured}), file=log, flush=True)
                 bar.write(f"step {step}: validation " + "  ".join(
-                    f"{name} {value:.4f}" for name, value in measured.items()))
-                if not best or not args.keep_best or measured["bce"] < best[0]:
-                    tensors = {name: t.clone() for name, t in adapter_tensors(model).items()}
-                    best = measured["bce"], step, tensors, z
-    _, kept, tensors, z = best
-    for name, tensor in adapter_tensors(model).items():
-        tensor.copy_(tensors[name])
-    base_rate = float(np.mean([row["label"] for row in rows]))
-    finish(args, model.eval(), prompts, valid_rows, z, {"base_rate": base_rate, "step": kept})
+                    f"{name} {measured[name]:.4f}" for name in ("bce", "lm", "auroc", "base_kl")
+                    if measured.get(name) is not None))
+                if not best or not args.keep_best or measured["bce"] < state["best_bce"]:
+                    kept = trained if args.keep_best else {}
+                    best = {name: p.detach().clone() for name, p in kept.items()}
+                    best["z"] = torch.tensor(z)
+                    state |= {"best_bce": measured["bce"], "best_step": step}
+            if rank == 0 and (due or stop or step % args.save_every == 0):
+                save_state(args.out, trained, optimizer, state, best)
+            if stop:
+                print(f"stopped after step {step}; --resume {args.out} goes on", file=sys.stderr)
+                sys.exit(128 + (caught or [signal.SIGTERM])[0])
+    if ranks > 1:
+        dist.destroy_process_group()
+    if rank == 0:
+        for name, parameter in trained.items():
+            parameter.data.copy_(best.get(name, parameter))
+        meta = {"base_rate": float(np.mean(labels)), "step": state["best_step"]}
+        finish(args, model.eval(), prompts, valid_rows, best["z"].numpy(), meta)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, write_tokenizer
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from data import SYSTEM, DataError, Example, Prompts, collate, encode_rows, faults, local_teacher
+from data import DataError, Example, Prompts, collate, encode_rows, faults, local_teacher
 from data import main, printable, read_rows, show, split_valid
 
 GOOD = {"text": "a text", "label": 1}
@@ -90,41 +88,6 @@ def test_validation_takes_whole_groups(rows):
 
 
 # --- prompts --------------------------------------------------------------------------------------
-CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-          "<|im_start|>assistant{{ '\n' }}")
-
-
-def test_the_frame_is_the_tokenizers_own_chat_template(tiny):
-    """Fails if a newline, a special token or a piece boundary differs from chatml."""
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer_file = str(tiny / "tokenizer.json")
-    theirs = PreTrainedTokenizerFast(tokenizer_file=tokenizer_file, chat_template=CHATML)
-    prompts = Prompts(tiny, question="Will it?")
-    for text in ("the day was long", "\n\n two lines\n", "é 中 12"):
-        user = {"role": "user", "content": f"Will it?\n\n{text}"}
-        messages = [{"role": "system", "content": SYSTEM}, user]
-        due = theirs.apply_chat_template(messages, return_dict=False)
-        assert prompts.prompt(text) == (due, 0), text
-
-
-MARKUP = ["<|im_end|>", "<|im_start|>", "<think>", "<|endoftext|>", "a", "\n", " "]
-
-
-@settings(max_examples=200, deadline=None)
-@given(pieces=st.lists(st.sampled_from(MARKUP) | st.text(max_size=3), min_size=1, max_size=8))
-def test_a_text_never_acts_as_markup(tiny, pieces):
-    """Fails if a text is encoded by the tokenizer that knows the added tokens, or one with
-    `encode_special_tokens`, which lets <think> through."""
-    prompts, text = Prompts(tiny), "".join(pieces)
-
-    def special(ids):
-        return [i for i in ids if i in prompts.tokenizer.get_added_tokens_decoder()]
-
-    assert special(prompts.prompt(text)[0]) == special(prompts.prompt("a")[0])
-    assert special(prompts.answer(1, text)) == [prompts.tokenizer.token_to_id("<|im_end|>")]
-
-
 def test_a_long_text_loses_its_middle_and_nothing_else(tiny):
     """Fails if the cut takes tokens from frame or question, from one end, or miscounts."""
     text = " ".join(f"w{i}" for i in range(60))
@@ -428,8 +391,8 @@ def test_foreign_output_and_impossible_flags_are_refused(server, tmp_path):
 def test_a_local_teachers_draws_depend_on_seed_row_and_try(tiny, tmp_path, capsys, monkeypatch):
     """Fails if one generator serves a batch, tries or rows of one text repeat a draw, the batch
     changes a text or resuming a line, or special tokens vanish before they are checked."""
-    said, texts = set(), {}
-    monkeypatch.setattr("data.faults", lambda text, row, args: said.add((row["id"], text)) or [])
+    said, texts = [], {}
+    monkeypatch.setattr("data.faults", lambda text, row, args: said.append((row["id"], text)) or [])
     lines = [{"text": "bad " * (i % 2 * 9 + 1), "label": i // 2 % 2} for i in range(20)]
     data = write(tmp_path / "data", *lines)
     for batch, seed in ((1, 0), (20, 0), (7, 1), (7, 0)):
@@ -438,10 +401,11 @@ def test_a_local_teachers_draws_depend_on_seed_row_and_try(tiny, tmp_path, capsy
                      "--seed", str(seed), "--max-answer", "8", "--tries", "2", "--dtype", "float32",
                      "--out", str(out := tmp_path / f"{batch}-{seed}")]
         main(arguments)
-        texts[batch, seed] = set(said)
+        texts[batch, seed] = {(row, text) for row, text in said if text}  # some stop at once
     assert texts[1, 0] == texts[7, 0] == texts[20, 0] and not texts[7, 0] & texts[7, 1]
     tries = sum(len(row["explanation_source"]["checks"]) for row in read_rows(out))
-    assert len({text for _, text in said}) == tries > 25 and "warning" in capsys.readouterr().out
+    assert len(said) == tries > 25 and "warning" in capsys.readouterr().out
+    assert len({text for _, text in texts[7, 0]}) == sum(text != "" for _, text in said) > 20
     whole = out.read_text()
     out.write_text(whole[: whole.index('"id": 11')])  # in the middle of a batch, and of a line
     main(arguments)

@@ -1,21 +1,27 @@
-"""eval.py against scikit-learn, hand-worked values and fabricated predictions (no model is run).
-
-Every test names the mutation of eval.py that it would catch.
-"""
+"""eval.py and what reads its results, against scikit-learn, hand-worked values and a tiny model.
+Every test names the mutation that it would catch."""
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
 from sklearn import metrics as sk
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import eval as ev  # tests reach private names too
+import train
+from clsgen import TARGETS, CLSGen, LoRALinear, Run, add_lora, base_fingerprint, load_run
+from data import Prompts
+from model import load_llama
 
-import eval as ev  # noqa: E402  (tests reach private names too)
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import comprehensiveness as comp  # noqa: E402
+import figures  # noqa: E402
 
 EXTREMES = np.array([0.0, 1.0, 5e-324, 1e-300, 1e-16, 1 - 1e-16, 0.5, np.nextafter(0.5, 1)])
 
@@ -33,29 +39,19 @@ def random_cases(count, seed=0):
 
 def test_equal_to_scikit_learn():
     """Fails if a tie counts 0 or 1 instead of half in AUROC, if AP interpolates, if F1 counts a
-    false decision twice, if log loss clips elsewhere, or if kappa leaves the chance term out."""
+    false decision twice, if log loss clips elsewhere, or if kappa leaves the chance term out, or
+    takes only 0 and 1 into it."""
+    pairs = [(ev.auroc, sk.roc_auc_score), (ev.average_precision, sk.average_precision_score),
+             (ev.brier, sk.brier_score_loss), (ev.log_loss, sk.log_loss)]
     for case, (y, p) in enumerate(random_cases(2001)):
-        yhat = (p >= 0.5).astype(int)
-        ours = [ev.auroc(y, p), ev.average_precision(y, p), ev.brier(y, p), ev.log_loss(y, p)]
-        theirs = [
-            sk.roc_auc_score(y, p),
-            sk.average_precision_score(y, p),
-            sk.brier_score_loss(y, p),
-            sk.log_loss(y, p),
-        ]
+        for ours, theirs in pairs:
+            np.testing.assert_allclose(ours(y, p), theirs(y, p), rtol=1e-9, atol=1e-12)
         if case % 4 == 0:  # slow in scikit-learn
-            ours += [ev.f1_score(y, yhat), ev.cohen_kappa(y, yhat)]
-            theirs += [sk.f1_score(y, yhat), sk.cohen_kappa_score(y, yhat)]
-        np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
-
-
-def test_kappa_of_three_answers():
-    """Fails if only 0 and 1 enter the chance term, or if an unshared label counts as agreement."""
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        a, b = rng.integers(0, 3, 40), rng.integers(0, 3, 40)
-        np.testing.assert_allclose(ev.cohen_kappa(a, b), sk.cohen_kappa_score(a, b), atol=1e-12)
-    assert ev.cohen_kappa([0, 1, 0, 1], [2, 2, 2, 2]) == 0
+            yhat = (p >= 0.5).astype(int)
+            assert ev.f1_score(y, yhat) == pytest.approx(sk.f1_score(y, yhat))
+            for b in (yhat, np.arange(case, case + len(y)) % 3):  # a third answer, too
+                kappa = sk.cohen_kappa_score(y, b)
+                assert ev.cohen_kappa(y, b) == pytest.approx(kappa, abs=1e-12)
 
 
 def test_best_f1_threshold_beats_every_cut():
@@ -67,26 +63,20 @@ def test_best_f1_threshold_beats_every_cut():
     assert ev.best_f1_threshold([0, 0, 1, 1], [0.1, 0.2, 0.6, 0.7]) == pytest.approx(0.4)
 
 
-def test_ece_by_hand():
-    """Fails if bins are of equal width, if tied rows are parted or go where the
-    first of them would, or if bins weigh the same."""
+@pytest.mark.parametrize("y, p, bins, value", [
     # equal mass parts (.1, .2) from (.3, .9): |.15 - 0| / 2 + |.6 - 1| / 2
-    assert ev.ece([0, 0, 1, 1], [0.1, 0.2, 0.3, 0.9], bins=2) == pytest.approx(0.275)
-    # three of four rows tie: they are one bin, |.25 - 1/3| * 3/4 + |.9 - 1| / 4
-    p = [0.25, 0.25, 0.25, 0.9]
-    assert ev.ece([0, 0, 1, 1], p, bins=4) == pytest.approx((1 / 4 + 0.1) / 4)
+    ([0, 0, 1, 1], [0.1, 0.2, 0.3, 0.9], 2, 0.275),
+    # three of four rows tie: they are one bin, |.25 - 1/3| * 3/4 + |.9 - 1| / 4, in any order
+    ([0, 0, 1, 1], [0.25, 0.25, 0.25, 0.9], 4, (1 / 4 + 0.1) / 4),
+    ([1, 1, 0, 0], [0.25, 0.9, 0.25, 0.25], 4, (1 / 4 + 0.1) / 4),
     # the tie belongs where its middle is: (1 + 3 / 2) of 4 rows, the second bin of two
-    tied = ev.ece([1, 0, 0, 0], [0.1, 0.2, 0.2, 0.2], bins=2)
-    assert tied == pytest.approx((0.9 + 3 * 0.2) / 4)
-    order = [2, 3, 0, 1]  # the rows' order must not matter either
-    again = ev.ece(np.array([0, 0, 1, 1])[order], np.array(p)[order], bins=4)
-    assert again == pytest.approx((1 / 4 + 0.1) / 4)
-
-
-def test_ece_bins_hold_equal_shares():
-    """Fails if the rank is taken at a tie's end (a 16th bin), or if bins differ by over a row."""
-    p = np.random.default_rng(0).random(1000)
-    counts = np.bincount(ev._equal_mass_bins(p, 15))
+    ([1, 0, 0, 0], [0.1, 0.2, 0.2, 0.2], 2, (0.9 + 3 * 0.2) / 4),
+])  # fmt: skip
+def test_ece_by_hand(y, p, bins, value):
+    """Fails if bins are of equal width or weight, if ties are parted or go where the first of them
+    would, if a tie's end makes a 16th bin, or if bins differ by over a row."""
+    assert ev.ece(y, p, bins) == pytest.approx(value)
+    counts = np.bincount(ev._equal_mass_bins(np.random.default_rng(0).random(1000), 15))
     assert len(counts) == 15 and set(counts) <= {66, 67}
 
 
@@ -105,177 +95,166 @@ def test_ece_floor():
 
 
 def test_corp_against_isotonic_regression():
-    """Fails if ties in p are not pooled first, if falling means are kept apart, or if a part's
-    sign is turned."""
+    """Fails if ties in p are not pooled first, if falling means are kept apart, if pooling stops
+    after one step back, if the fit has another order than the rows, or if a sign is turned."""
     for y, p in random_cases(600, seed=2):
-        miscalibration, discrimination, uncertainty = ev.corp(y, p)
         # scikit-learn merges p that are nearly equal: give it ranks instead
         ranks = np.unique(p, return_inverse=True)[1]
         recalibrated = IsotonicRegression().fit(ranks, y).predict(ranks)
+        np.testing.assert_allclose(ev.isotonic(y, p), recalibrated, atol=1e-12)
         score, base = np.mean((recalibrated - y) ** 2), np.mean((y.mean() - y) ** 2)
-        expected = [ev.brier(y, p) - score, base - score, base]
         np.testing.assert_allclose(
-            [miscalibration, discrimination, uncertainty], expected, atol=1e-12
-        )
-        assert miscalibration - discrimination + uncertainty == pytest.approx(ev.brier(y, p))
-
-
-def test_corp_by_hand():
-    """Fails if pooling stops after one step back: the last row pulls in both before it."""
-    # means 0 | 1 1 0 pooled to 2/3: squared errors 0 + 1/9 + 1/9 + 4/9, over 4 rows = 1/6
-    parts = ev.corp([0, 1, 1, 0], [0.1, 0.2, 0.3, 0.4])
-    brier = (0.01 + 0.64 + 0.49 + 0.16) / 4
-    assert parts == pytest.approx((brier - 1 / 6, 0.25 - 1 / 6, 0.25))
+            ev.corp(y, p), [ev.brier(y, p) - score, base - score, base], atol=1e-12)
 
 
 def test_calibration_slope():
-    """Fails if slope and intercept are swapped, or if p enters instead of its logit.
-    scikit-learn without penalty is the reference."""
-    rng, compared = np.random.default_rng(4), 0
+    """Fails if slope and intercept are swapped, if p enters instead of its logit, or if the step is
+    not damped (the last rows). scikit-learn without penalty is the reference."""
+    rng, cases = np.random.default_rng(4), []
     for case in range(150):
         x = rng.normal(0, (0.3, 1, 6)[case % 3], 80)
-        p = 1 / (1 + np.exp(-x))
-        y = (rng.random(80) < 1 / (1 + np.exp(-(0.5 * x + 0.4)))).astype(int)
+        y = (rng.random(80) < train.sigmoid(0.5 * x + 0.4)).astype(int)
         if case % 5 == 0:  # all but one row parted by a cut
             y = (x > np.median(x)).astype(int)
-            y[np.argsort(x)[38]] = 1
-            y[np.argsort(x)[39]] = 0
-        slope, intercept = ev.calibration_slope(y, p)
-        x = np.log(np.clip(p, 1e-7, 1 - 1e-7)) - np.log1p(-np.clip(p, 1e-7, 1 - 1e-7))
-        error = 1 / (1 + np.exp(-(slope * x + intercept))) - y
+            y[np.argsort(x)[38:40]] = 1, 0
+        cases.append((case % 5 > 0, x, y))
+    overshoots = np.repeat([-0.1, 0.01, 0.1, 10.0], [2, 1, 50, 1])
+    for compare, x, y in [*cases, (False, overshoots, np.array([1, 1, 0, 1] + [0] * 50))]:
+        p = np.clip(train.sigmoid(x), 1e-7, 1 - 1e-7)
+        x, (slope, intercept) = np.log(p) - np.log1p(-p), ev.calibration_slope(y, train.sigmoid(x))
+        error = train.sigmoid(slope * x + intercept) - y
         assert abs(error.sum()) < 1e-6 and abs(error @ x) < 1e-6  # the likelihood's maximum
-        if case % 5:
+        if compare:
             model = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000).fit(x[:, None], y)
             found = (model.coef_.item(), model.intercept_.item())
             assert (slope, intercept) == pytest.approx(found, rel=1e-3, abs=1e-3)
-            compared += 1
-    assert compared > 100
-
-
-def test_calibration_slope_where_newton_overshoots():
-    """Fails if the step is not damped: full steps run off to a singular matrix on these rows."""
-    x = np.repeat([-0.1, 0.01, 0.1, 10.0], [2, 1, 50, 1])
-    y = np.array([1, 1, 0, 1] + [0] * 50)
-    slope, intercept = ev.calibration_slope(y, 1 / (1 + np.exp(-x)))
-    error = 1 / (1 + np.exp(-(slope * x + intercept))) - y
-    assert abs(error.sum()) < 1e-6 and abs(error @ x) < 1e-6
-
-
-@pytest.mark.parametrize("y, p", [
-    ([0, 0, 1, 1], [0.1, 0.2, 0.3, 0.4]),
-    ([1, 1, 0, 0], [0.1, 0.2, 0.3, 0.4]),
-    ([0, 1, 1], [0.2, 0.2, 0.6]),
-    ([0, 1, 1], [0.3, 0.3, 0.3]),
-])  # fmt: skip
-def test_calibration_slope_of_separable_rows(y, p):
-    """Fails if the check of overlap goes one way only, or if it lets a shared end point pass."""
-    with pytest.raises(ValueError, match="parts the classes"):
-        ev.calibration_slope(y, p)
 
 
 @pytest.mark.parametrize("y, p, reason", [
-    ([], [], "not empty"),
-    ([0, 1], [0.5], "one length"),
-    ([0, 1], [0.5, np.nan], "nan"),
-    ([0, np.nan], [0.5, 0.5], "nan"),
-    ([0, 1], [0.5, 1.1], r"\[0, 1\]"),
-    ([0, 1], [-0.1, 1], r"\[0, 1\]"),
-    ([0, 2], [0.5, 0.5], "0 or 1"),
+    ([], [], "not empty"), ([0, 1], [0.5], "one length"), ([0, 1], [0.5, np.nan], "nan"),
+    ([0, np.nan], [0.5, 0.5], "nan"), ([0, 1], [0.5, 1.1], r"\[0, 1\]"),
+    ([0, 1], [-0.1, 1], r"\[0, 1\]"), ([0, 2], [0.5, 0.5], "0 or 1"),
     ([[0, 1]], [[0.5, 0.5]], "lists"),
 ])  # fmt: skip
 def test_bad_input_is_refused(y, p, reason):
     """Fails if one of the checks goes."""
-    for metric in (
-        ev.auroc,
-        ev.average_precision,
-        ev.best_f1_threshold,
-        ev.brier,
-        ev.log_loss,
-        ev.ece,
-        ev.corp,
-        ev.calibration_slope,
-    ):
+    for metric in (ev.auroc, ev.average_precision, ev.best_f1_threshold, ev.brier, ev.log_loss,
+                   ev.ece, ev.isotonic, ev.corp, ev.calibration_slope, ev.risk_coverage,
+                   ev.matched_kappa, lambda y, p: ev.bootstrap_ci(ev.brier, y, p)):
         with pytest.raises(ValueError, match=reason):
             metric(np.array(y), np.array(p))
 
 
-def test_one_class_only_where_undefined():
-    """Fails if a metric of one class returns NaN or 0, or if one that is defined refuses it."""
-    for label, undefined in (
-        (0, (ev.auroc, ev.average_precision, ev.best_f1_threshold)),
-        (1, (ev.auroc,)),
-    ):
-        for metric in (*undefined, ev.calibration_slope):
+def test_undefined_only_where_it_is():
+    """Fails if a metric of one class returns NaN or 0, if one that is defined refuses it, or if
+    the slope's check of overlap goes one way only or lets a shared end point pass."""
+    for label, undefined in ((0, (ev.average_precision, ev.best_f1_threshold)), (1, ())):
+        for metric in (*undefined, ev.auroc, ev.calibration_slope, ev.matched_kappa,
+                       lambda y, p: ev.bootstrap_ci(ev.auroc, y, p)):
             with pytest.raises(ValueError, match=f"no row of class {1 - label}"):
-                metric([label] * 3, [0.1, 0.2, 0.3])
-        with pytest.raises(ValueError, match="no row of class"):
-            ev.bootstrap_ci(ev.brier, [label] * 3, [0.1, 0.2, 0.3])
+                metric([label] * 3, np.array([0.1, 0.2, 0.3]))
     assert ev.average_precision([1, 1], [0.2, 0.3]) == 1
     assert ev.f1_score([0, 0], [0, 1]) == 0 and ev.brier([0], [0.5]) == 0.25
     assert ev.corp([0, 0], [0.5, 0.5]) == (0.25, 0, 0)
-    with pytest.raises(ValueError, match="undefined"):
-        ev.f1_score([0, 0], [0, 0])
-    with pytest.raises(ValueError, match="undefined"):
-        ev.cohen_kappa([1, 1], [1, 1])
-    with pytest.raises(ValueError, match="0 or 1"):
-        ev.f1_score([0, 1], [0.2, 0.7])
+    for metric, arrays, reason in ((ev.f1_score, ([0, 0], [0, 0]), "undefined"),
+                                   (ev.cohen_kappa, ([1, 1], [1, 1]), "undefined"),
+                                   (ev.f1_score, ([0, 1], [0.2, 0.7]), "0 or 1"),
+                                   *((ev.calibration_slope, pair, "parts the classes") for pair in (
+                                       ([0, 0, 1, 1], [0.1, 0.2, 0.3, 0.4]),
+                                       ([1, 1, 0, 0], [0.1, 0.2, 0.3, 0.4]),
+                                       ([0, 1, 1], [0.2, 0.2, 0.6]), ([0, 1], [0.3, 0.3])))):
+        with pytest.raises(ValueError, match=reason):
+            metric(*arrays)
+
+
+def test_risk_and_coverage_by_hand():
+    """Fails if the least sure rows come first, if a tie is parted, or if the largest share is the
+    first one that reaches .95."""
+    correct, sure = [1, 1, 0, 1, 0], [0.9, 0.5, 0.5, 0.3, 0.1]
+    share, accuracy, largest = ev.risk_coverage(correct, sure)
+    assert share.tolist() == [0.2, 0.6, 0.8, 1] and largest == 0.2
+    assert accuracy == pytest.approx([1, 2 / 3, 3 / 4, 3 / 5])
+    late = [1, 0] + [1] * 18  # falls to .5, and 19 of 20 is .95 exactly
+    assert ev.risk_coverage(late, np.arange(20, 0, -1) / 20)[2] == 1
+    assert ev.risk_coverage([0, 0], [0.1, 0.2])[2] == 0
+
+
+def test_matched_kappa():
+    """Fails if a half is decided by its own threshold, if a group is parted, or if the oracle is
+    not the best cut there is."""
+    rng = np.random.default_rng(0)
+    for y, p in random_cases(60, seed=5):
+        cuts = [ev.cohen_kappa(y, p >= t) for t in np.unique(p)]
+        kappas = ev._or_none(ev.matched_kappa, y, p)
+        assert kappas is None or kappas[1] == pytest.approx(max(cuts), abs=1e-12)
+    p, stated = rng.random((60, 20)), rng.integers(0, 2, (60, 20))  # nothing to match
+    fitted, oracle = np.mean(list(map(ev.matched_kappa, stated, p)), axis=0)
+    assert oracle > 0.15 and fitted < 0.1
+    # two groups, one threshold each: every row is decided by the other group's
+    stated, p = [0, 0, 1, 1], [0.1, 0.5, 0.3, 0.9]
+    assert ev.matched_kappa(stated, p, ["a", "b", "a", "b"])[0] == 0
 
 
 def test_bootstrap_draws_whole_groups():
     """Fails if rows are drawn instead of groups, if a group is cut, or if its range is shifted."""
     rng = np.random.default_rng(0)
     groups = [f"g{i}" for i in rng.integers(0, 8, 60)] + [None, None]
-    y, marks = rng.integers(0, 2, 62), np.arange(62) / 62
-    y[:2] = 0, 1
-    members = {
-        key: {i for i, g in enumerate(groups) if (g or i) == key}
-        for key in (g or i for i, g in enumerate(groups))
-    }
-    seen = []
+    keys = [group or i for i, group in enumerate(groups)]
+    members, seen = [[i for i in range(62) if keys[i] == key] for key in set(keys)], []
 
     def metric(y, p):
-        rows = np.rint(p * 62).astype(int)
-        counts = np.bincount(rows, minlength=62)
-        for rows_of_group in members.values():  # each group as a whole, as often for every row
-            assert len({counts[i] for i in rows_of_group}) == 1
-        drawn = sum(counts[min(rows_of_group)] for rows_of_group in members.values())
-        assert drawn == len(members)
-        seen.append(len(rows))
+        counts = np.bincount(np.rint(p * 62).astype(int), minlength=62)
+        assert all(len(set(counts[rows])) == 1 for rows in members)  # as often for every row
+        assert sum(counts[rows[0]] for rows in members) == len(members)
+        seen.append(len(p))
         return 0.0
 
-    ev.bootstrap_ci(metric, y, marks, groups, 200, 0)
-    assert len(seen) == 200 and len(set(seen)) > 5
+    ev.bootstrap_ci(metric, rng.integers(0, 2, 62), np.arange(62) / 62, groups, 200, 0)
+    assert len(seen) == 201 and len(set(seen)) > 5  # once on the rows themselves
 
 
 def test_bootstrap_interval():
-    """Fails if the limits are not the 2.5th and 97.5th percentile, if the seed is not used, or if
-    clusters make no difference. The reference is the normal approximation for a mean."""
+    """Fails if the limits are not the 2.5th and 97.5th percentile (compared with the normal one for
+    a mean), if the seed or clusters make no difference, or if one-class resamples do not count."""
     rng = np.random.default_rng(0)
     p, y = rng.random(400), rng.integers(0, 2, 400)
-    low, high = ev.bootstrap_ci(lambda y, p: p.mean(), y, p, None, 2000, 1)
+
+    def interval(y, p, groups, draws=1000):
+        return ev.bootstrap_ci(lambda y, p: p.mean(), y, p, groups, draws, 1)
+
     half = 1.96 * p.std() / np.sqrt(400)
-    assert (low, high) == pytest.approx((p.mean() - half, p.mean() + half), abs=0.004)
-    assert (low, high) == ev.bootstrap_ci(lambda y, p: p.mean(), y, p, None, 2000, 1)
+    limits = pytest.approx((p.mean() - half, p.mean() + half), abs=0.004)
+    assert limits == interval(y, p, None, 2000) == interval(y, p, None, 2000)
     # four copies of each row in one group: the interval of 100 rows, twice as wide
     p, y, groups = np.repeat(p[:100], 4), np.repeat(y[:100], 4), np.repeat(np.arange(100), 4)
-    wide = np.ptp(ev.bootstrap_ci(lambda y, p: p.mean(), y, p, groups, 1000, 1))
-    narrow = np.ptp(ev.bootstrap_ci(lambda y, p: p.mean(), y, p, None, 1000, 1))
+    wide, narrow = np.ptp(interval(y, p, groups)), np.ptp(interval(y, p, None))
     assert wide == pytest.approx(2 * narrow, rel=0.15)
     with pytest.raises(ValueError, match="one length"):
         ev.bootstrap_ci(ev.brier, y, p, groups[1:])
-
-
-def test_one_class_resamples_are_drawn_again():
-    """Fails if a resample of one class reaches the metric, or is not counted."""
-    y, p = np.array([0] * 9 + [1]), np.linspace(0, 1, 10)
-    limits, redrawn = ev.bootstrap({"auroc": (ev.auroc, p)}, y, None, 1000, 0)
     # (9/10)^10 = 35 % of the resamples miss the positive: about 1000 * .35 / .65 redrawn
+    last = np.arange(10) == 9
+    limits, redrawn = ev.bootstrap({"auroc": (ev.auroc, np.arange(10) / 9)}, last, None, 1000, 0)
     assert 430 < redrawn < 650 and limits["auroc"] == (1.0, 1.0)
 
 
+def test_differences_are_paired():
+    """Fails if the two scorers get resamples of their own, or if the sign is turned."""
+    y, p = list(random_cases(9, seed=3))[6]
+    sums = np.stack((p * 7, np.ones(len(p))), axis=1)
+    first = {"auroc": p, "log_loss": p, "reference_nll": sums}  # as `main` has it
+    same = ev.score_metrics(y, p, draws=50, sums=sums, first=first)
+    worse = ev.score_metrics(y, 1 - p, draws=50, sums=sums + [1, 0], first=first)
+    for name in first:
+        assert same[f"{name}_difference"] == 0
+        assert same["intervals"][f"{name}_difference"] == (0, 0)
+    assert worse["auroc_difference"] == pytest.approx(1 - 2 * ev.auroc(y, p))
+    assert worse["log_loss_difference"] == ev.log_loss(y, 1 - p) - ev.log_loss(y, p)
+    assert worse["intervals"]["reference_nll_difference"] == pytest.approx((1, 1))
+    assert "auroc_difference" not in ev.score_metrics(y, p, draws=5)
+
+
 def test_repetition_by_hand():
-    """Fails if distinct-2 is a mean over texts, if rep-4 pools the texts, if case or punctuation
-    does not count as it should."""
+    """Fails if distinct-2 is a mean over texts, if rep-4 pools them, or if case parts words."""
     # bigrams: a b, b a, a b | A B -> 2 different of 4; no text has a 4-gram twice
     assert ev.repetition(["a b a b", "A B"]) == (0.5, 0.0)
     # 4-grams of "x x x x x x": three, one different; of "a b c d": one; mean of 2/3 and 0
@@ -284,196 +263,218 @@ def test_repetition_by_hand():
     assert ev.repetition([]) == ev.repetition(["", "word"]) == (None, None)
 
 
+def test_flesch_by_hand():
+    """Fails if a silent e counts, if a decimal point ends a sentence, or if one sentence or
+    collapsed text gets a mark."""
+    # 6 words in 2 sentences; syllables the-1 home-1 was-1 / a-1 lit-tle-2 one-1
+    mark = pytest.approx(206.835 - 1.015 * 3 - 84.6 * 7 / 6)
+    assert ev.flesch("The home was 3.5. A little one!") == mark
+    for text in ("The risk is high.", "", "... !? 3. 4.", "It is bad. " * 9):
+        assert ev.flesch(text) is None
+
+
 def test_evidence_by_hand():
     """Fails if case counts, if "age" is found in "dosage", if precision looks only at the row's own
-    evidence, or if a row without the field counts."""
-    rows = [
-        {"evidence": ["Heart failure", "family support"]},
-        {"evidence": ["age", " "]},
-        {"evidence": []},
-        {},
-    ]
+    evidence, if a phrase that stands in the text counts as invented, or if a row without the field
+    counts."""
+    rows = [{"evidence": ["Heart failure", "family support"], "text": "Heart failure?"},
+            {"evidence": ["age", " "], "text": "age"}, {"evidence": [], "text": "asepsis"},
+            {"text": "nothing"}]
     texts = ["HEART failure, and sepsis.", "The dosage.", "Sepsis", "heart failure"]
     file_rows = [*rows, {"evidence": ["sepsis"]}]
-    # recall: 1 of 2, 0 of 1; precision: 1 of 2, (none cited), 0 of 1
-    assert ev.evidence_scores(rows, texts, file_rows) == (0.25, 0.25)
-    assert ev.evidence_scores([{}], ["text"], [{}]) == (None, None)
+    # recall: 1 of 2, 0 of 1; precision: 1 of 2, (none cited), 0 of 1; invented: 1 of 2, 1 of 1
+    assert ev.evidence_scores(rows, texts, file_rows) == (0.25, 0.25, 0.75)
+    assert ev.evidence_scores([{"text": ""}], ["text"], [{}]) == (None, None, None)
 
 
-def fabricate(n=60, seed=0, **changes):
-    """Rows as `read_rows` gives them, and predictions as `predict` does."""
-    rng = np.random.default_rng(seed)
-    rows, predictions = [], []
-    for i in range(n):
-        true_p = float(rng.random())
-        p = float(np.clip(true_p + rng.normal(0, 0.1), 0.001, 0.999))
-        stated = (1, 0, None)[0 if i % 6 == 5 else 1] if i % 10 else None
-        rows.append(
-            {
-                "id": f"r{i}",
-                "text": "t",
-                "label": int(rng.random() < true_p),
-                "group": f"g{i // 2}",
-                "probability": true_p,
-                "evidence": ["chest pain"],
-            }
-        )
-        predictions.append(
-            {
-                "id": f"r{i}",
-                "probability": p,
-                "raw_probability": p**2,
-                "label": int(p >= 0.3),
-                "label_token_probability": 1 - p,
-                "threshold": 0.3,
-                "explanation": f"Chest pain {i}.",
-                "stated_label": stated,
-                "agree": stated == int(p >= 0.3),
-                "tokens_cut": 2 * (i == 3),
-                "run": "abc",
-                "true_label": rows[-1]["label"],
-                **changes,
-            }
-        )
-    return rows, predictions
+def test_metrics_of_a_score_and_its_texts():
+    """Fails if a value is taken from another column (decisions at .5 for those at the threshold),
+    if unparsable texts leave kappa_all or agree, if a row without true p counts, or if JSON cannot
+    hold the result."""
+    rng, groups = np.random.default_rng(0), [f"g{i // 2}" for i in range(60)]
+    true_p = rng.random(60)
+    y, p = (rng.random(60) < true_p).astype(int), np.clip(true_p + rng.normal(0, 0.1, 60), 0, 1)
+    true_p[:2] = np.nan
+    result = ev.score_metrics(y, p, p >= 0.3, groups, 50, 0, true_p)
+    due = [metric(y, p >= t) for metric, t in (
+        (sk.f1_score, 0.5), (sk.f1_score, 0.3), (sk.accuracy_score, 0.5))]
+    assert [result["f1_half"], result["f1"], result["accuracy"]] == pytest.approx(due)
+    assert result["true_p_error"] == pytest.approx(np.abs(p - true_p)[2:].mean())
+    assert result["intervals"]["auroc"] == ev.bootstrap_ci(ev.auroc, y, p, groups, 50, 0)
+    head, sure = (p >= 0.5).astype(int), np.argsort(-np.abs(p - 0.5))
+    assert result["accuracy_at_80"] == (head == y)[sure][:48].mean()
+
+    stated = [None if i % 10 == 0 else int(i % 6 != 5) for i in range(60)]
+    rows = [{"text": "t", "label": label, "evidence": ["chest pain"]} for label in y.tolist()]
+    predictions = [{"probability": p, "stated_label": said, "explanation": "Chest pain."}
+                   for p, said in zip(p, stated, strict=True)]
+    sums = np.tile([6.0, 3.0, 4.0], (60, 1)) * (np.arange(60) % 2)[:, None]
+    texts = ev.text_metrics(rows, predictions, sums, rows)
+    third = np.array([2 if said is None else said for said in stated])
+    parsable = third < 2
+    assert (texts["n_explained"], texts["n_parsable"], texts["parsable"]) == (60, 54, 0.9)
+    assert texts["auroc_alignment"] == sk.roc_auc_score(third[parsable], p[parsable])
+    kappas = [sk.cohen_kappa_score(third[some], head[some]) for some in (parsable, slice(None))]
+    assert [texts["kappa"], texts["kappa_all"]] == pytest.approx(kappas)
+    assert texts["agree_share"] == (third == head).mean()
+    assert texts["agree_accuracy"] == (head == y)[third == head].mean()
+    assert (texts["reference_nll"], texts["base_kl"]) == (1.5, 0.75)
+    assert (texts["evidence_recall"], texts["evidence_invented"], texts["empty"]) == (1, 1, 0)
+    json.dumps(result | texts, allow_nan=False)
 
 
-def test_evaluate():
-    """Fails if a value is taken from another column (raw for calibrated, decisions at .5 for those
-    at the threshold), if unparsable texts leave kappa_all, or if JSON cannot hold the result."""
-    rows, predictions = fabricate()
-    for prediction in predictions[:2]:
-        prediction["explanation"] = None  # not asked for
-    result = ev.evaluate(rows, predictions, draws=50)
-    y = [row["label"] for row in rows]
-    p = np.array([prediction["probability"] for prediction in predictions])
-    true_p = np.array([row["probability"] for row in rows])
-    assert result["auroc"] == pytest.approx(sk.roc_auc_score(y, p))
-    assert result["f1_half"] == pytest.approx(sk.f1_score(y, p >= 0.5))
-    assert result["f1"] == pytest.approx(sk.f1_score(y, p >= 0.3)) != result["f1_half"]
-    assert result["accuracy"] == pytest.approx(sk.accuracy_score(y, p >= 0.5))
-    assert result["true_p_error"] == pytest.approx(np.abs(p - true_p).mean())
-    assert result["bayes_auroc"] == pytest.approx(sk.roc_auc_score(y, true_p))
-    assert (result["n"], result["groups"], result["prompts_cut"]) == (60, 30, 1)
-    interval = ev.bootstrap_ci(ev.auroc, y, p, [row["group"] for row in rows], 50, 0)
-    assert result["intervals"]["auroc"] == interval
-
-    stated = [prediction["stated_label"] for prediction in predictions]
-    asked = list(range(2, 60))
-    parsable = [i for i in asked if stated[i] is not None]
-    said, head = [stated[i] for i in parsable], (p >= 0.5).astype(int)
-    assert (result["n_explained"], result["n_parsable"]) == (58, len(parsable))
-    assert result["auroc_alignment"] == pytest.approx(sk.roc_auc_score(said, p[parsable]))
-    assert result["kappa"] == pytest.approx(sk.cohen_kappa_score(said, head[parsable]))
-    third = [2 if stated[i] is None else stated[i] for i in asked]
-    assert result["kappa_all"] == pytest.approx(sk.cohen_kappa_score(third, head[asked]))
-    assert result["evidence_recall"] == result["evidence_precision"] == 1
-    assert result["warnings"] == [] and set(ev.TABLE) <= set(result)
-    assert json.loads(json.dumps(result, allow_nan=False))["auroc"] == result["auroc"]
+def test_nothing_to_measure_is_none():
+    """Fails if an absent value becomes 0 or NaN instead of None (n/a in the table)."""
+    texts = ev.text_metrics([], [], np.zeros((0, 3)), [{"text": "t", "label": 0}])
+    assert {value for key, value in texts.items() if key[:2] != "n_"} == {None}
+    one = ev.score_metrics([0, 1] * 6, np.full(12, 0.5), draws=5)
+    assert one["true_p_error"] is one["slope"] is None
+    shown = ev.table({"x": one | texts, "y": {"auroc": 0.25, "calibrated": True}},
+                     ["auroc", "calibrated", "base_kl"]).split("\n")
+    assert [line.split() for line in shown] == [
+        ["auroc", "calibrated", "base"], ["kl"], ["x", "0.500", "[0.500,", "0.500]", "n/a", "n/a"],
+        ["y", "0.250", "yes", "n/a"]]
 
 
-def test_evaluate_without_texts_groups_or_true_p():
-    """Fails if label-only rows crash, if an absent value becomes 0 or NaN instead of None, or if
-    few groups give no warning."""
-    rows, predictions = fabricate(12, explanation=None, stated_label=None, agree=None)
-    rows = [{key: row[key] for key in ("id", "text", "label")} for row in rows]
-    result = ev.evaluate(rows, predictions, draws=20)
-    for key in (
-        "true_p_error",
-        "bayes_auroc",
-        "parsable",
-        "auroc_alignment",
-        "kappa",
-        "kappa_all",
-        "evidence_recall",
-        "evidence_precision",
-        "empty",
-        "distinct_2",
-        "rep_4",
-    ):
-        assert result[key] is None, key
-    assert result["groups"] == 12 and "12 groups" in result["warnings"][0]
-    with pytest.raises(ValueError, match="same ids"):
-        ev.evaluate(rows, predictions[::-1])
-    with pytest.raises(ValueError, match="draws"):
-        ev.evaluate(rows, predictions, draws=0)
+@pytest.fixture(scope="module")
+def runs(tiny, rows_file, tmp_path_factory):
+    """A folder with two runs of random LoRA and head; in `out` the results of comparing them."""
+    folder = tmp_path_factory.mktemp("runs")
+    for seed, (name, scorer) in enumerate((("joint", "head"), ("lm", "label_token"))):
+        torch.manual_seed(seed)
+        model = CLSGen(add_lora(load_llama(tiny, torch.float32), 4, 8.0)).eval()
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                torch.nn.init.normal_(parameter, std=0.2)
+        prompts = Prompts(tiny, "Is it bad?", max_answer=12)
+        meta = {"base": str(tiny), "base_fingerprint": base_fingerprint(tiny), "scorer": scorer,
+                "lora": {"rank": 4, "alpha": 8, "targets": TARGETS}, "prompts": prompts.settings(),
+                "threshold": 0.6, "base_rate": 0.4,
+                "calibration": {"temperature": 2.0, "bias": 0.5}}
+        (folder / name).mkdir()
+        Run(model, prompts, meta).save(folder / name)
+    ev.main(f"--run {folder}/joint --run {folder}/lm --model {tiny} --data {rows_file} --batch 7 "
+            f"--draws 20 --out {folder}/out".split())
+    return folder
 
 
-def test_table():
-    """Fails if a column is shifted, if None is printed, or if the table is wider than 100."""
-    rows, predictions = fabricate()
-    head = ev.evaluate(rows, predictions, draws=20)
-    y = [row["label"] for row in rows]
-    majority = ev.score_metrics(y, [0.4] * 60, draws=20)
-    columns = {"head": head, "raw": majority, "label token": majority, "majority": majority}
-    lines = ev.table(columns).split("\n")
-    assert max(map(len, lines)) <= 100 and len(lines) == 1 + len(ev.TABLE)
-    assert lines[0].split() == ["head", "raw", "label", "token", "majority"]
-    row = next(line for line in lines if line.startswith("auroc "))
-    low, high = head["intervals"]["auroc"]
-    assert f"{head['auroc']:.3f} [{low:.3f}, {high:.3f}]" in row and row.endswith("0.500")
-    assert next(line for line in lines if line.startswith("slope")).endswith("n/a")
-    assert "None" not in "".join(lines)
-    assert ev.table({"x": {"auroc": 0.5}}, ["auroc"]).endswith("0.500")
+def read(folder):
+    lines = (folder / "predictions.jsonl").read_text().splitlines()
+    return json.loads((folder / "eval.json").read_text()), list(map(json.loads, lines))
 
 
-class FakeRun:
-    meta = {"base_rate": 0.4}
-
-    def __init__(self, predictions):
-        self.predictions, self.calls = {one["id"]: one for one in predictions}, []
-
-    def predict(self, rows, explain=True, batch_size=16, progress=False):
-        self.calls.append((len(rows), explain, batch_size))
-        found = [self.predictions[row["id"]] for row in rows]
-        return found if explain else [one | {"explanation": None} for one in found]
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch):
-    """(call with arguments, the fake run, its folder) on fabricated rows in a file."""
-    rows, predictions = fabricate()
-    run, data = FakeRun(predictions), tmp_path / "test.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(ev, "load_run", lambda *args, **kwargs: run)
-    fixed = ["--run", str(tmp_path / "run"), "--data", str(data), "--draws", "20"]
-    return lambda *more: ev.main([*fixed, *more]), run, tmp_path / "run" / "eval" / "test"
+def test_reference_sums(runs, rows, tiny):
+    """Fails if prompt or pad tokens count, if rows are mixed up, if the KL is turned round, or if
+    LoRA stays off."""
+    run, base = load_run(runs / "joint"), load_llama(tiny, torch.float32)
+    for row, found in zip(rows, ev.reference_sums(run, rows, 7), strict=True):
+        if "explanation" not in row:
+            assert not found.any()
+            continue
+        prompt = run.prompts.prompt(row["text"])[0]
+        answer = run.prompts.answer(row["label"], row["explanation"])
+        with torch.no_grad():
+            ids = torch.tensor([prompt + answer])
+            ours, theirs = (llama.logits(llama(ids))[0, len(prompt) - 1 : -1].log_softmax(-1)
+                            for llama in (run.llama, base))
+        nll = F.nll_loss(ours, torch.tensor(answer), reduction="sum").item()
+        kl = F.kl_div(theirs, ours, log_target=True, reduction="sum").item()
+        assert found == pytest.approx([nll, kl, len(answer)], rel=1e-4) and kl > 1
+    run.model, run.llama = CLSGen(base), base  # without LoRA, as after `merge`
+    assert ev.collapse([], ev.reference_sums(run, rows, 7))["base_kl"] is None
 
 
-def test_command_writes_what_it_prints(command, capsys):
-    """Fails if a column or a file is missing, if the JSON is not the table, if only the head's
-    interval is clustered, or if results are replaced without --overwrite."""
-    call, run, out = command
-    call("--batch", "5")
-    assert run.calls == [(60, True, 5), (0, False, 5)]
-    report = json.loads((out / "eval.json").read_text())
-    assert list(report["metrics"]) == ["head", "raw", "label token", "majority"]
-    assert (report["run"], report["n"], report["arguments"]["batch"]) == ("abc", 60, 5)
-    assert report["metrics"]["majority"]["auroc"] == 0.5
-    raw, head = report["metrics"]["raw"], report["metrics"]["head"]  # raw ranks as the head does
-    assert raw["intervals"]["auroc"] == head["intervals"]["auroc"] and raw["brier"] != head["brier"]
-    assert {"python", "torch", "numpy"} <= set(report["versions"]) and report["seconds"] > 0
-    assert f"{report['metrics']['head']['auroc']:.3f} [" in capsys.readouterr().out
-    lines = (out / "predictions.jsonl").read_text().splitlines()
-    assert [json.loads(line)["id"] for line in lines] == [f"r{i}" for i in range(60)]
-    with pytest.raises(ValueError, match="--overwrite"):
-        call()
-    call("--overwrite")
+def test_one_command_compares(runs, rows, monkeypatch):
+    """Fails if a scorer is missing or misnamed, if the base model answers with LoRA, with another
+    score or with a threshold, or if the differences are not against the first run's own score."""
+    report, predictions = read(runs / "out")
+    metrics, names = report["metrics"], [f"{runs}/joint head", f"{runs}/joint raw"]
+    names += [f"{runs}/joint label token", f"{runs}/lm label token", f"{runs}/lm raw"]
+    assert list(metrics) == [*names, "zero-shot label token", "majority"]
+    assert [one["calibrated"] for one in metrics.values()] == [1, 0, 0, 1, 0, 0, 0]
+    for key, due in (("f1", [1, 0, 0, 1, 0, 0, 0]), ("rep_4", [1, 0, 0, 1, 0, 1, 0])):
+        assert [key in one for one in metrics.values()] == due
+    assert [one["run"] for one in predictions[::40]] == [
+        load_run(runs / "joint").name, load_run(runs / "lm").name, "zero-shot"]
+    assert [one["group"] for one in predictions] == [row["group"] for row in rows] * 3
+    own, *others = metrics.values()
+    due = [one["auroc"] - own["auroc"] for one in others]
+    assert [one["auroc_difference"] for one in others] == due and "auroc_difference" not in own
+    run = load_run(runs / "joint")
+    monkeypatch.setattr(LoRALinear, "off", True)
+    due = [one["label_token_probability"] for one in run.predict(rows, explain=False)]
+    assert [one["probability"] for one in predictions[80:]] == pytest.approx(due, abs=1e-5)
 
 
-def test_rows_and_explain(command):
+def test_rows_explain_and_the_results_folder(runs, rows_file, capsys):
     """Fails if --rows takes the head of the file, if --explain explains others than the first of
-    the shuffle, or if the seed is not used."""
-    call, run, out = command
-    call("--rows", "40", "--explain", "10")
-    assert run.calls == [(10, True, 16), (30, False, 16)]
-    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
-    assert [one["explanation"] is not None for one in lines] == [True] * 10 + [False] * 30
-    ids = [one["id"] for one in lines]
-    assert ids == [f"r{i}" for i in np.random.default_rng(0).permutation(60)[:40]]
-    call("--rows", "40", "--explain", "10", "--overwrite", "--seed", "1")
-    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
-    assert [one["id"] for one in lines] != ids
-    for bad in (["--rows", "0"], ["--explain", "-1"], ["--batch", "0"], ["--draws", "0"]):
-        with pytest.raises(ValueError, match="at least"):
-            call("--overwrite", *bad)
+    the shuffle, if results are replaced without --overwrite, or if a bad flag gets through."""
+    call = f"--run {runs / 'lm'} --data {rows_file} --draws 20 ".split()
+    ev.main([*call, "--rows", "30", "--explain", "10"])
+    report, predictions = read(runs / "lm" / "eval" / "rows")
+    assert list(report["metrics"]) == ["label token", "raw", "majority"] and report["n"] == 30
+    order = np.random.default_rng(0).permutation(40)[:30]
+    assert [one["id"] for one in predictions] == [f"r{i}" for i in order]
+    assert [one["explanation"] is not None for one in predictions] == [True] * 10 + [False] * 20
+    assert f"{report['metrics']['raw']['auroc']:.3f} [" in capsys.readouterr().out
+    for more, reason in (("", "--overwrite"), ("--rows 0", "least"), ("--explain -1", "least"),
+                         ("--batch 0", "least"), ("--draws 0", "least"), (" ".join(call[:2]),
+                         "twice"), ("--overwrite --run nowhere", "nowhere")):
+        with pytest.raises(ValueError, match=reason):
+            ev.main([*call, *more.split()])
+
+
+def test_the_collapse_meter_only_watches(tiny, rows_file, tmp_path, monkeypatch):
+    """Fails if the meter moves a weight, or is not in the log."""
+    for name in "ab":
+        train.main(f"--data {rows_file} --model {tiny} --out {tmp_path / name} --epochs 1 --rank 4 "
+                   "--dtype float32 --valid-fraction 0.3".split())
+        monkeypatch.setattr(train, "watch_text", lambda *args: {})
+    one, other = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab")
+    valid = json.loads((tmp_path / "a" / "log.jsonl").read_text().splitlines()[-1])["valid"]
+    assert one == other and valid["base_kl"] > 0 and valid["parsable"] is not None
+
+
+def test_comprehensiveness():
+    """Fails if one shared word is a citation, if a control takes a cited word or another length,
+    if the fall is not of the decided class, or if rows that cite nothing count."""
+    text = "There is a history of heart failure, and the patient has no family support at home."
+    cited = comp.cited_words(text, "Heart failure. A patient without family support.")
+    assert cited.tolist() == [0, 1, 1, 0, 1, 1, 0]  # history heart failure patient family ...
+    assert comp.without(text, cited) == "There is a history of , and the patient has no at home."
+    assert comp.random_words(cited, np.random.default_rng(0)) is None  # no room for two
+    for seed in range(20):
+        cited = np.arange(20) % 15 < 2
+        drawn = comp.random_words(cited, np.random.default_rng(seed))
+        assert not (drawn & cited).any() and drawn.sum() == 4
+
+    class Fake:  # as a run, and as arguments
+        seed, batch, draws = 0, 4, 20
+
+        def predict(self, texts, **_):
+            return [{"probability": 0.1 + 0.8 * ("heart failure" in text)} for text in texts]
+
+    rows = [{"text": "heart failure" + " calm quiet ward evening" * 3}] * 27
+    records = [{"probability": 0.9, "explanation": "Heart failure."},
+               {"probability": 0.2, "explanation": "Heart failure."},
+               {"probability": 0.1, "explanation": "Calm."}] * 9
+    found = comp.measure(Fake(), rows, records, Fake)
+    # p .9 falls by .8, at random by 0; p .2, decided as 0, by .1 - .2, at random by .9 - .2
+    falls = found["comprehensiveness"], found["random_fall"], found["difference"]
+    assert falls == pytest.approx((0.35, 0.35, 0), abs=1e-12)
+    assert (found["rows"], found["rows_uncited"], found["rows_no_room"]) == (18, 9, 0)
+
+
+def test_figures(runs, tmp_path, monkeypatch):
+    """Fails if a figure is missing, if one is replaced unasked, or if a missing matplotlib ends in
+    a traceback."""
+    call = [str(runs / "out" / "eval.json"), "--out", str(tmp_path)]
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="pip install matplotlib"):
+        patch.setitem(sys.modules, "matplotlib", None)
+        figures.main(call)
+    pytest.importorskip("matplotlib")
+    figures.main(call)
+    assert {path.name for path in tmp_path.iterdir() if path.read_bytes()[:4] == b"\x89PNG"} == {
+        "reliability.png", "roc.png", "risk_coverage.png"}
+    with pytest.raises(ValueError, match="--overwrite"):
+        figures.main(call)

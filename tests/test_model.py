@@ -1,22 +1,21 @@
 """The transformer and its loading, against transformers and against what can go wrong on disk."""
 
+import gc
 import json
+import re
 import shutil
+import threading
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIG, write_model
+from conftest import CONFIG, ROOT, shard, write_model
 from safetensors.torch import load_file, save_file
 
 from model import LlamaConfig, load_llama
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
+LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 VARIANTS = {
     "tied": {},
     "untied": {"tie_word_embeddings": False},
@@ -29,6 +28,7 @@ VARIANTS = {
     "qwen2": {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 7},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
 }
+GOLDEN, GOLDEN_IDS = ROOT / "tests" / "golden.json", torch.arange(3, 43)[None] * 7 % 400
 
 
 def reference(folder):
@@ -64,6 +64,17 @@ def test_logits_equal_transformers_with_and_without_cache(name, tmp_path):
             torch.testing.assert_close(logits[i, 0], due[i][n + step], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_logits_equal_those_on_record(name, tmp_path):
+    """Fails as the test above does, without transformers: golden.py wrote the numbers down."""
+    write_model(tmp_path, **VARIANTS[name])
+    model = load_llama(tmp_path, torch.float32)
+    due = torch.tensor(json.loads(GOLDEN.read_text())["logits"][name])
+    logits = model.logits(model(GOLDEN_IDS))[0, -1, :8]
+    torch.testing.assert_close(logits, due, atol=1e-4, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_long_rows_take_the_other_attention_to_the_same_values(tmp_path):
     """Fails if the hand-written attention of short rows differs from SDPA, which long rows use."""
@@ -93,27 +104,14 @@ def test_new_spelling_of_rope(tmp_path):
     assert LlamaConfig.from_dict(new) == LlamaConfig.from_dict(old)
 
 
-def shard(folder):
-    tensors = load_file(folder / "model.safetensors")
-    names = sorted(tensors)
-    where = {name: f"model-{i % 2 + 1:05}-of-00002.safetensors" for i, name in enumerate(names)}
-    for file in set(where.values()):
-        save_file({n: tensors[n].clone() for n in names if where[n] == file}, folder / file)
-    index = {"metadata": {}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return where
-
-
 @torch.no_grad()
 def test_shards_of_the_index_and_nothing_else(tmp_path):
     """Fails if files are found by a glob: the single file left beside the shards is poisoned."""
     write_model(tmp_path)
     whole = load_llama(tmp_path, torch.float32)
     shard(tmp_path)
-    poison = {
-        name: t * float("nan") for name, t in load_file(tmp_path / "model.safetensors").items()
-    }
-    save_file(poison, tmp_path / "model.safetensors")
+    path = tmp_path / "model.safetensors"
+    save_file({name: t * float("nan") for name, t in load_file(path).items()}, path)
     ids = torch.arange(3, 20)[None]
     assert torch.equal(load_llama(tmp_path, torch.float32)(ids), whole(ids))
 
@@ -131,20 +129,37 @@ def test_dtype_on_disk_is_cast(tmp_path, dtype):
     assert torch.equal(model.norm.weight, due)
 
 
+def anonymous():
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_loading_takes_little_more_than_the_weights(tmp_path):
+    """Fails if two copies of the weights are ever in memory: peak at most 1.1 times their size."""
+    write_model(tmp_path, vocab_size=20000, hidden_size=512, intermediate_size=2048)
+    load_llama(tmp_path, torch.bfloat16)  # what is imported late does not count
+    gc.collect()
+    start, peaks, done = anonymous(), [], threading.Event()
+
+    def watch():
+        while not done.wait(0.0005):
+            peaks.append(anonymous() - start)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    model = load_llama(tmp_path, torch.bfloat16)
+    done.set()
+    thread.join()
+    size = sum(p.nbytes for p in model.parameters())
+    assert len(peaks) > 3 and 0.5 * size < max(peaks) < 1.1 * size
+
+
 BAD_CONFIGS = {
-    "model_type": "gemma",
-    "hidden_act": "gelu",
-    "quantization_config": {"bits": 4},
-    "rope_scaling": {"rope_type": "yarn", "factor": 2.0},
-    "hidden_size": "32",
-    "rms_norm_eps": None,
-    "num_key_value_heads": 3,
-    "num_hidden_layers": 0,
-    "mlp_bias": True,
-    "rope_theta": float("inf"),
-    "layer_types": ["full_attention", "sliding_attention"],
-    "vocab_size": True,
-    "head_dim": 7,
+    "model_type": "gemma", "hidden_act": "gelu", "quantization_config": {"bits": 4},
+    "rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "hidden_size": "32",
+    "rms_norm_eps": None, "num_key_value_heads": 3, "num_hidden_layers": 0, "mlp_bias": True,
+    "rope_theta": float("inf"), "layer_types": ["full_attention", "sliding_attention"],
+    "vocab_size": True, "head_dim": 7, "intermediate_size": 2**24,
 }
 
 
@@ -170,11 +185,14 @@ def break_checkpoint(folder, how):
         path.write_bytes(path.read_bytes()[:-100])
     elif how == "gone":
         path.unlink()
-    elif how == "index":
-        where = shard(folder)
-        where["model.norm.weight"] = "../other.safetensors"
+    elif how in ("path", "absolute path"):  # to files that are there
+        shutil.copy(path, folder.parent / "other.safetensors")
+        where, other = shard(folder), folder.parent / "other.safetensors"
+        where["model.norm.weight"] = str(other) if how != "path" else "../other.safetensors"
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     else:
+        if how == "integers":
+            tensors["model.norm.weight"] = tensors["model.norm.weight"].int()
         if how in ("missing", "all three"):
             del tensors["model.layers.1.mlp.up_proj.weight"]
         if how in ("surplus", "all three"):
@@ -184,24 +202,23 @@ def break_checkpoint(folder, how):
         save_file(tensors, path)
 
 
-@pytest.mark.parametrize(
-    "how, words",
-    [
-        ("truncated", ["model.safetensors"]),
-        ("gone", ["model.safetensors is missing"]),
-        ("index", ["index.json", "weight_map"]),
-        ("missing", ["missing model.layers.1.mlp.up_proj.weight"]),
-        ("surplus", ["surplus model.layers.2.mlp.up_proj.weight"]),
-        ("shape", ["model.norm.weight is [31], due is [32]"]),
-        ("all three", ["missing model", "surplus model", "is [31]"]),
-    ],
-)
+@pytest.mark.parametrize("how, words", [
+    ("truncated", ["model.safetensors"]),
+    ("gone", ["model.safetensors is missing"]),
+    ("path", ["index.json", "weight_map"]),
+    ("absolute path", ["index.json", "weight_map"]),
+    ("integers", ["model.norm.weight is stored as I32"]),
+    ("missing", ["missing model.layers.1.mlp.up_proj.weight"]),
+    ("surplus", ["surplus model.layers.2.mlp.up_proj.weight"]),
+    ("shape", ["model.norm.weight is [31], due is [32]"]),
+    ("all three", ["missing model", "surplus model", "is [31]"]),
+])
 def test_broken_checkpoints_are_named(tmp_path, how, words):
     """Fails if a load passes with a tensor missing or renamed, or the error names one of many."""
-    write_model(tmp_path)
-    break_checkpoint(tmp_path, how)
+    write_model(tmp_path / "m")
+    break_checkpoint(tmp_path / "m", how)
     with pytest.raises(ValueError) as error:
-        load_llama(tmp_path)
+        load_llama(tmp_path / "m")
     assert all(word in str(error.value) for word in words), error.value
 
 

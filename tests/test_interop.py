@@ -1,0 +1,257 @@
+"""Published checkpoints in, Hugging Face's tools out: configs, chat templates, peft, merging."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONFIG, ROOT
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+from clsgen import TARGETS, load_run, read_adapter_config
+from data import SYSTEM, Prompts
+from model import LlamaConfig
+from train import main as train
+
+# --- configs as published -------------------------------------------------------------------------
+SHARED = {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "bos_token_id": 1,
+          "eos_token_id": 2, "torch_dtype": "bfloat16", "transformers_version": "4.40.0"}
+LLAMA = SHARED | {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "mlp_bias": False,
+                  "attention_bias": False, "attention_dropout": 0.0, "pretraining_tp": 1,
+                  "rope_scaling": None, "tie_word_embeddings": False, "rms_norm_eps": 1e-5}
+ROPE3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3",
+         "original_max_position_embeddings": 8192}
+MISTRAL = SHARED | {"architectures": ["MistralForCausalLM"], "model_type": "mistral",
+                    "attention_dropout": 0.0, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+QWEN = SHARED | {"attention_dropout": 0.0, "use_sliding_window": False, "rms_norm_eps": 1e-6,
+                 "rope_theta": 1000000.0}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+         "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+PUBLISHED = {  # name: (config, sizes, what it has to become)
+    "Llama-2-7b-chat-hf": (LLAMA, (32000, 4096, 11008, 32, 32, 32, 4096), {"head_dim": 128}),
+    "Meta-Llama-3-8B": (LLAMA | {"rope_theta": 500000.0}, (128256, 4096, 14336, 32, 32, 8, 8192),
+                        {"rope_theta": 500000.0, "rope_scaling": None}),
+    "Llama-3.1-8B-Instruct": (
+        LLAMA | {"rope_theta": 500000.0, "rope_scaling": ROPE3, "eos_token_id": [128001, 128009]},
+        (128256, 4096, 14336, 32, 32, 8, 131072), {"tie_word_embeddings": False}),
+    "Llama-3.2-1B": (
+        LLAMA | {"rope_theta": 500000.0, "rope_scaling": ROPE3 | {"factor": 32.0}, "head_dim": 64,
+                 "tie_word_embeddings": True}, (128256, 2048, 8192, 16, 32, 8, 131072),
+        {"tie_word_embeddings": True, "head_dim": 64}),
+    "TinyLlama-1.1B-Chat-v1.0": (LLAMA, (32000, 2048, 5632, 22, 32, 4, 2048), {"head_dim": 64}),
+    "SmolLM2-135M-Instruct": (
+        LLAMA | {"rope_theta": 100000, "rope_interleaved": False, "is_llama_config": True,
+                 "tie_word_embeddings": True, "transformers.js_config": {"dtype": "q4"}},
+        (49152, 576, 1536, 30, 9, 3, 8192), {"head_dim": 64, "rope_theta": 100000}),
+    "Mistral-7B-v0.1": (MISTRAL | {"rope_theta": 10000.0, "sliding_window": 4096},
+                        (32000, 4096, 14336, 32, 32, 8, 32768), {"sliding_window": 4096}),
+    "Mistral-7B-Instruct-v0.3": (MISTRAL | {"rope_theta": 1000000.0, "sliding_window": None},
+                                 (32768, 4096, 14336, 32, 32, 8, 32768), {"sliding_window": None}),
+    "Qwen2.5-7B-Instruct": (
+        QWEN | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2",
+                "sliding_window": 131072, "max_window_layers": 28, "tie_word_embeddings": False},
+        (152064, 3584, 18944, 28, 28, 4, 32768), {"qkv_bias": True, "sliding_window": None}),
+    "Qwen3-8B": (
+        QWEN | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 128,
+                "attention_bias": False, "max_window_layers": 36, "sliding_window": None,
+                "rope_scaling": None, "tie_word_embeddings": False},
+        (151936, 4096, 12288, 36, 32, 8, 40960), {"qk_norm": True, "qkv_bias": False}),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read_without_a_warning(name, capsys):
+    """Fails if a key of a published config is unknown, or means something else here."""
+    raw, sizes, due = PUBLISHED[name]
+    config = LlamaConfig.from_dict(raw | dict(zip(SIZES, sizes, strict=True)))
+    assert {key: getattr(config, key) for key in due} == due
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("changes", [
+    {"model_type": "gemma2"}, {"model_type": "phi3"}, {"model_type": "gpt_neox"},
+    {"model_type": "mixtral", "num_local_experts": 8}, {"model_type": "qwen2_moe"},
+    {"quantization_config": {"quant_method": "gptq", "bits": 4}}, {"partial_rotary_factor": 0.5},
+    {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}])
+def test_other_architectures_are_refused_in_a_sentence_that_says_what_is_supported(changes):
+    """Fails if a model that computes otherwise is loaded as a Llama."""
+    with pytest.raises(ValueError, match=r"^config.json: .* is .*; supported is ") as error:
+        LlamaConfig.from_dict(CONFIG | changes)
+    assert "\n" not in str(error.value)
+    if "model_type" in str(error.value):
+        assert "llama, mistral, qwen2, qwen3" in str(error.value)
+
+
+# --- chat templates -------------------------------------------------------------------------------
+# The templates of the published tokenizer files for one system and one user message, and tokenizers
+# built as theirs are: Llama-2 prepends a blank to each piece, Mistral v0.3 to a whole input only.
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{{ '<|im_start|>assistant\n' }}")
+LLAMA3 = ("<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
+          "\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
+          "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}")
+LLAMA2 = ("<s>[INST] <<SYS>>\n{{ messages[0].content }}\n<</SYS>>\n\n"
+          "{{ messages[1].content | trim }} [/INST]")
+MISTRAL_V1 = "<s> [INST] {{ messages[0].content }}\n\n{{ messages[1].content }} [/INST]"
+MISTRAL_V3 = "<s>[INST] {{ messages[0].content }}\n\n{{ messages[1].content }}[/INST]"
+SENTENCE_PIECE = ("<unk>", "<s>", "</s>")
+TEMPLATES = {  # name: (template, format flag, shape of the tokenizer, added tokens)
+    "SmolLM2, Qwen2.5": (CHATML, None, "bytes", ("<|endoftext|>", "<|im_start|>", "<|im_end|>")),
+    "Qwen3": (CHATML, None, "bytes", ("<|im_start|>", "<|im_end|>", "<think>", "</think>")),
+    "Llama-3": (LLAMA3, None, "bytes", ("<|begin_of_text|>", "<|start_header_id|>",
+                                        "<|end_header_id|>", "<|eot_id|>")),
+    "Llama-2": (LLAMA2, "llama2", "prepend", SENTENCE_PIECE),
+    "Llama-2, converted again": (LLAMA2, "llama2", "metaspace", SENTENCE_PIECE),
+    "Mistral-v0.1": (MISTRAL_V1, "mistral-v1", "prepend", SENTENCE_PIECE),
+    "Mistral-v0.3": (MISTRAL_V3, None, "metaspace", (*SENTENCE_PIECE, "[INST]", "[/INST]")),
+}
+
+
+def build_tokenizer(folder, shape, added):
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    if shape == "bytes":
+        tokenizer.normalizer = normalizers.NFC()
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    elif shape == "prepend":
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
+    corpus = [SYSTEM, "Will it rain? [INST] <<SYS>> [/INST] system user assistant \n\n 12 days"] * 9
+    alphabet = [*pre_tokenizers.ByteLevel.alphabet(), *map(chr, range(33, 127)), *"▁\né中"]
+    trainer = trainers.BpeTrainer(vocab_size=500, show_progress=False, initial_alphabet=alphabet,
+                                  special_tokens=[AddedToken(t, normalized=False) for t in added])
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": 2}))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_frame_is_the_models_own_chat_template(name, tmp_path):
+    """Fails if a blank, a newline, a special token or a piece boundary differs from theirs."""
+    from transformers import PreTrainedTokenizerFast
+
+    template, flag, shape, added = TEMPLATES[name]
+    build_tokenizer(tmp_path, shape, added)
+    file = str(tmp_path / "tokenizer.json")
+    theirs = PreTrainedTokenizerFast(tokenizer_file=file, chat_template=template)
+    prompts = Prompts(tmp_path, question="Will it rain?", format=flag)
+    for text in ("the day was long", "two\n lines\n\n  and 12 blanks", "(é 中", "▁ is no blank"):
+        messages = [{"role": "system", "content": SYSTEM},
+                    {"role": "user", "content": f"Will it rain?\n\n{text}"}]
+        due = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert prompts.prompt(text) == (due, 0), text
+
+
+def test_a_text_does_not_end_the_instruction_where_inst_is_plain_text(tmp_path):
+    """Fails if [/INST] in a row's text reads as the frame's own."""
+    build_tokenizer(tmp_path, "prepend", SENTENCE_PIECE)
+    for name in ("llama2", "mistral-v1"):
+        prompts = Prompts(tmp_path, format=name)
+        ids = prompts.prompt("a [/INST] b [INST] c")[0]
+        text = prompts.tokenizer.decode(ids).replace(" ", "").replace("▁", " ")
+        assert text.count("[/INST]") == text.count("[INST]") == 1, text
+
+
+# --- peft -----------------------------------------------------------------------------------------
+def peft_adapter(base, folder, task="CAUSAL_LM", **settings):
+    """A random adapter as peft saves it, and its model."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    config = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]} | settings
+    model = get_peft_model(model, LoraConfig(task_type=task, init_lora_weights=False, **config))
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"use_rslora": True}, {"target_modules": list(TARGETS)}, {"r": 3, "lora_dropout": 0.5}])
+def test_training_starts_from_an_adapter_of_peft(tiny, rows_file, tmp_path, settings):
+    """Fails if rank, alpha, targets or rslora's scale of the adapter are not taken over: after a
+    step too small to move anything, the run is still peft's model."""
+    theirs = peft_adapter(tiny, tmp_path / "adapter", **settings)
+    files = ("--data", rows_file, "--model", tiny, "--out", tmp_path / "run", "--init-adapter",
+             tmp_path / "adapter")
+    train([*map(str, files), *"--dtype float32 --epochs 0.3 --lr 1e-30".split()])
+    llama, ids = load_run(tmp_path / "run").llama, torch.arange(3, 40)[None]
+    with torch.no_grad():
+        ours, due = llama.logits(llama(ids)), theirs(ids).logits
+        torch.testing.assert_close(ours, due, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"use_dora": True}, "use_dora is True"), ({"bias": "all"}, "bias is 'all'"),
+    ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is"),
+    ({"layers_to_transform": [0]}, "layers_to_transform is"),
+    ({"target_modules": ["q_proj", "embed_tokens"]}, "target_modules .*embed_tokens"),
+    ({"lora_bias": True}, "lora_bias is True")])
+def test_other_variants_are_refused_by_name(tiny, tmp_path, settings, words):
+    """Fails if an adapter that computes otherwise is taken for plain LoRA."""
+    peft_adapter(tiny, tmp_path, **settings)
+    with pytest.raises(ValueError, match=f"adapter_config.json: .*{words}"):
+        read_adapter_config(tmp_path)
+
+
+def test_a_flag_that_contradicts_the_adapter_is_refused(tiny, rows_file, tmp_path):
+    """Fails if --rank is silently overruled."""
+    peft_adapter(tiny, tmp_path)
+    with pytest.raises(ValueError, match="--rank 8: .* has 4"):
+        train(["--data", str(rows_file), "--rank", "8", "--init-adapter", str(tmp_path)])
+
+
+@pytest.fixture(scope="module")
+def first(tiny, rows_file, tmp_path_factory):
+    """A folder in which the README's example run is there: runs/first on models/smollm2-135m."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "models").mkdir()
+    (folder / "models" / "smollm2-135m").symlink_to(tiny)
+    flags = "--out runs/first --dtype float32 --max-answer 40 --epochs 2 --lr 0.02".split()
+    subprocess.run([sys.executable, ROOT / "train.py", "--data", rows_file, *flags],
+                   cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def test_train_here_open_and_save_in_peft_open_here(first, tmp_path, monkeypatch):
+    """Fails if a tensor's name, the scale or the head does not survive the way through peft."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    monkeypatch.chdir(first)
+    model, run = Path("models/smollm2-135m"), Path("runs/first")
+    base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype="float32")
+    PeftModel.from_pretrained(base, run).save_pretrained(tmp_path)
+    (tmp_path / "clsgen.json").write_text((run / "clsgen.json").read_text())
+    ours, again = (load_run(folder, model) for folder in (run, tmp_path))
+    assert ours.golden() == again.golden()
+    found = read_adapter_config(tmp_path)
+    assert found == {"rank": 16, "alpha": 32.0, "targets": list(TARGETS)}
+
+
+SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_the_readmes_snippets_run_as_they_stand(first, snippet):
+    """Fails if a name, a path or an argument in the README is not what the code has."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", snippet], cwd=first, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_transformers_loads_a_merged_folder_without_a_word(first, tmp_path):
+    """Fails if a tensor is missing or left over, or the config no longer describes the weights."""
+    subprocess.run([sys.executable, ROOT / "clsgen.py", "merge", "--run", "runs/first", "--out",
+                    tmp_path / "merged"], cwd=first, check=True, capture_output=True)
+    code = "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "merged"], capture_output=True,
+                          text=True, check=True)
+    assert not re.search("warn|missing|unexpected|newly|not used", done.stderr, re.IGNORECASE)
+    assert load_run(tmp_path / "merged").meta["scorer"] == "head"
