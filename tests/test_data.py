@@ -247,7 +247,7 @@ class Teacher(BaseHTTPRequestHandler):
             said = "That I cannot say today."
         good = 200, {}, {"choices": [{"message": {"content": said}}]}
         spoilt = server.wrong.pop(0) if server.wrong else good
-        threading.Event().wait(60 if len(server.seen) > server.limit else spoilt[0] < 0)
+        threading.Event().wait(600 if len(server.seen) > server.limit else spoilt[0] < 0)
         self.answer(*(good if spoilt[0] < 0 else spoilt))
 
     def do_GET(self):  # where a redirect leads
@@ -353,14 +353,14 @@ def test_a_stopped_run_goes_on_where_it_was(server, tmp_path, signal, code):
     """Fails if lines are written late, a stop loses or doubles a row, Ctrl-C waits for replies or
     shows a traceback, or a run with other arguments or other rows goes on."""
     server.explain(undisturbed := tmp_path / "undisturbed")
-    server.limit, out, end = len(server.seen) + 30, tmp_path / "out", time.time() + 60
+    server.limit, out, end = len(server.seen) + 30, tmp_path / "out", time.time() + 300
     command = [sys.executable, ROOT / "data.py", *server.flags, out]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     while not (out.exists() and out.read_bytes().count(b"\n") > 3):
         assert process.poll() is None and time.time() < end
         time.sleep(0.01)
     process.send_signal(getattr(signals, signal))
-    assert process.wait(timeout=30) == code and b"Traceback" not in process.stderr.read()
+    assert process.wait(timeout=120) == code and b"Traceback" not in process.stderr.read()
     server.limit, stopped = math.inf, out.read_bytes()
     assert 3 < stopped.count(b"\n") < 40
     for other in (["--seed", "1"], ["--question", "Is it?"]):
