@@ -44,7 +44,7 @@ BAD = [  # a field put into a good line, or what takes the place of the line, %s
     b'"\0": 1', b'"\xff": 1', b'"\xed\xa0\x80": 1', b'"\xc0\xaf": 1', b'"label": 1', b'"id": 1.5',
     b'"a": {"b": 1, "b": 1}', b'"a": -Infinity', b'"a": 01', b'"a": 1' + b"0" * 5000, b"\0%s",
     b'"explanation": ["a"]', b'"explanation": "\\udc00"', b'"probability": "0.5"', b"%s,", b"%s%s",
-    b'"probability": 1e999', b"", b" \t", b"[%s]", b"{%s", b"%s}", b" \xef\xbb\xbf%s", b"[" * 99999,
+    b'"probability": 1e999', b"", b" \t", b"[%s]", b"{%s", b"%s}", b"\xef\xbb\xbf%s", b"[" * 99999,
     b'{"text": "a"}', b'{"label": 1}', b'{"label": 1, "text": 5}', b"{'label': 1, 'text': 'a'}",
     b'{"text": "a", "label": "1"}', b'{"text": "a", "label": 1.0}', b'{"text": " ", "label": 1}',
     *(b'"evidence": ' + b"[" * depth + b"]" * depth for depth in range(2, 1200, 60))]
@@ -69,7 +69,7 @@ def test_a_jsonl_file_reads_exactly_or_names_its_bad_lines(tmp_path):
                 due.append(f"{path}:{number}: ")
             lines.append(line + rng.choice([b"\n", b"\r\n"]))
             rows.append(row)
-        path.write_bytes(rng.choice([b"", b"\xef\xbb\xbf"]) + b"".join(lines))
+        path.write_bytes(b"\xef\xbb\xbf" + b"".join(lines))  # one such mark is fine
         try:
             assert read_rows(path) == rows and not due
         except DataError as error:
