@@ -374,13 +374,14 @@ def test_a_stopped_prediction_goes_on_from_any_byte(rows, run, tmp_path, monkeyp
 
 @pytest.mark.parametrize("change", [
     {"golden": None}, {"threshold": "x"}, {"lora": {}}, {"prompts": {"format": "x"}},
-    {"scorer": None}, {"calibration": {}}, {"golden": {"dtype": "x"}}, {"base": "x"}])
+    {"scorer": None}, {"calibration": {}}, {"golden": {"dtype": "x"}}, {"base": "x"},
+    {"lora": {"rank": 0, "alpha": 8.0, "targets": ["q_proj"]}}])
 def test_a_malformed_clsgen_json_is_one_sentence(run, tmp_path, change):
     """Fails if a missing or ill-typed key ends in a traceback, now or after minutes of work."""
     path = tmp_path / "run" / "clsgen.json"
     meta = {**json.loads(path.read_text()), **change}
     path.write_text(json.dumps({key: value for key, value in meta.items() if value is not None}))
-    with pytest.raises(ValueError, match="clsgen.json|not there"):
+    with pytest.raises(ValueError, match="clsgen.json|not there|LoRA rank 0"):
         load_run(tmp_path / "run")
 
 

@@ -185,6 +185,8 @@ def break_checkpoint(folder, how):
         path.write_bytes(path.read_bytes()[:-100])
     elif how == "gone":
         path.unlink()
+    elif how == "layers":
+        (folder / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": 50}))
     elif how in ("path", "absolute path"):  # to files that are there
         shutil.copy(path, folder.parent / "other.safetensors")
         where, other = shard(folder), folder.parent / "other.safetensors"
@@ -205,6 +207,7 @@ def break_checkpoint(folder, how):
 @pytest.mark.parametrize("how, words", [
     ("truncated", ["model.safetensors"]),
     ("gone", ["model.safetensors is missing"]),
+    ("layers", ["50 layers, but 20 tensors"]),  # a billion would be built for days
     ("path", ["index.json", "weight_map"]),
     ("absolute path", ["index.json", "weight_map"]),
     ("integers", ["model.norm.weight is stored as I32"]),
