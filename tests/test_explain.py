@@ -165,7 +165,9 @@ def test_a_stopped_run_goes_on_where_it_was(server, tmp_path, signal, code):
     server.explain(undisturbed := tmp_path / "undisturbed")
     server.limit, out, end = len(server.seen) + 30, tmp_path / "out", time.time() + 300
     command = [sys.executable, ROOT / "data.py", *server.flags, out]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    # a shell's background job ignores Ctrl-C, and so would what it starts
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=lambda: signals.signal(
+        signals.SIGINT, signals.SIG_DFL))
     while not (out.exists() and out.read_bytes().count(b"\n") > 3):
         assert process.poll() is None and time.time() < end
         time.sleep(0.01)
