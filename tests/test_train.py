@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -283,6 +284,36 @@ def test_resume_refuses_what_changed_and_names_it(tiny, rows_file, tmp_path, cap
         main(["--resume", str(tmp_path / "run")])
 
 
+@pytest.mark.parametrize("trouble", ["full", "vanished", "blocked"])
+def test_a_disk_that_fails_leaves_the_last_save(tiny, rows_file, tmp_path, trouble):
+    """Fails if a save in place cuts the old one, or the error is a traceback. "full": no file may
+    grow beyond 16 kB, as on a full disk; "blocked": there is a file where a folder is due."""
+    out, due = tmp_path / "out", tmp_path / "due"
+    flags = ["--epochs", 30, "--save-every", 2]
+    main(arguments(tiny, rows_file, due, *flags))
+    process = start(*arguments(tiny, rows_file, out, *flags))
+    wait_for(process, out, 3)
+    process.kill()
+    process.communicate()
+    saved = (out / STATE).read_bytes()
+    limit = (16384, 16384) if trouble == "full" else (resource.RLIM_INFINITY,) * 2
+    process = start("--resume", out, preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, limit))
+    if trouble != "full":
+        wait_for(process, out, steps_done(out) + 1)
+        (out if trouble == "vanished" else out / "resume").rename(tmp_path / "away")
+        (out / "resume").touch() if trouble == "blocked" else None
+    error = process.communicate()[1].split("\n")[-2]
+    assert process.returncode == 2 and error.startswith("error: "), error
+    if trouble == "full":
+        assert (out / STATE).read_bytes() == saved
+    else:
+        (out / "resume").unlink() if trouble == "blocked" else None
+        (tmp_path / "away").rename(out if trouble == "vanished" else out / "resume")
+    assert start("--resume", out).communicate()
+    assert_same_run(out, due)
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_is_not_taken(tiny, rows_file, tmp_path, what, monkeypatch):
     """Fails if the weights of the last save are lost, or the rows are not named."""
@@ -314,3 +345,14 @@ def test_two_processes_take_the_step_that_one_takes(tiny, rows_file, tmp_path):
                     torch.testing.assert_close(two[name], one[name], atol=1e-6, rtol=0)
     one, two = ([x["valid"] for x in log_of(out) if "valid" in x][-1] for out in outs)
     assert two == pytest.approx(one, rel=1e-3)
+    stopped = tmp_path / "stopped"
+    command = arguments(tiny, rows_file, stopped, "--epochs", 4)
+    process = start(*command, module=torchrun)
+    wait_for(process, stopped, 5)
+    process.terminate()
+    process.communicate()
+    assert (stopped / STATE).exists() and not (stopped / "clsgen.json").exists()
+    assert start("--resume", stopped, module=torchrun).communicate()
+    assert_same_run(stopped, outs[1])
+    with pytest.raises(ValueError, match="ranks was 2, is 1"):
+        main(["--resume", str(stopped)])
