@@ -227,7 +227,9 @@ def choose_token(logits, temperature=0.0, top_p=1.0, generator=None):
     from the smallest set that holds top_p of the mass (nucleus sampling, arXiv 1904.09751)."""
     if temperature == 0:
         return logits.argmax(-1)
-    p, ids = (logits / temperature).softmax(-1).sort(dim=-1, descending=True)
+    p = (logits / temperature).softmax(-1)
+    # All tokens below (1 - top_p) / V together miss 1 - top_p: no need to sort them
+    p, ids = p.topk(int((p >= (1 - top_p) / p.shape[-1]).sum(-1).max()))
     p[p.cumsum(-1) - p > top_p] = 0  # the token that crosses top_p still counts
     drawn = torch.multinomial(p.cpu(), 1, generator=generator).to(ids.device)
     return ids.gather(-1, drawn).squeeze(-1)
