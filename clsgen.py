@@ -269,7 +269,8 @@ class Run:
         """log p("Yes.") - log p("No.") after the prompt, from its cache: (B,)."""
         scores = []
         for ids in self.prompts.label_ids:  # "No." and "Yes.": the word's tokens and the full stop
-            tokens, hidden = torch.tensor(ids, device=self.device).expand(len(last), -1), last[:, None]
+            tokens = torch.tensor(ids, device=self.device).expand(len(last), -1)
+            hidden = last[:, None]
             if len(ids) > 1:
                 positions = prompt_end[:, None] + torch.arange(1, len(ids), device=self.device)
                 more = self.llama(tokens[:, :-1], cache, positions)

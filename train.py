@@ -279,6 +279,15 @@ def stop_signals():
 # --- save and resume ------------------------------------------------------------------------------
 # Order and initial values follow from the seed and nothing else is random: weights, AdamW's moments
 # and the step's number are the whole state. It is one file, so that it is never half new.
+def state_digest(text, tensors):
+    """SHA-256 of the state's JSON and of every tensor: tells a damaged save."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().numpy().data)
+    return digest.hexdigest()
+
+
 def save_state(folder, trained, optimizer, state, best):
     """trained {name: parameter}; `best`: the tensors that are kept at the end."""
     tensors = {"best." + name: tensor for name, tensor in best.items()}
@@ -287,7 +296,8 @@ def save_state(folder, trained, optimizer, state, best):
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{key}.{name}"] = value
     (folder / STATE).parent.mkdir(exist_ok=True)
-    write_tensors(folder / STATE, tensors, {"state": json.dumps(state)})
+    text = json.dumps(state)
+    write_tensors(folder / STATE, tensors, {"state": text, "sha256": state_digest(text, tensors)})
 
 
 def read_state(folder):
@@ -295,8 +305,10 @@ def read_state(folder):
     try:
         with safe_open(folder / STATE, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            state = json.loads(file.metadata()["state"])
-        return {"config": dict(state["config"]), **state}, tensors
+            metadata = file.metadata()
+        if metadata["sha256"] != state_digest(metadata["state"], tensors):
+            raise ValueError("it is damaged")
+        return json.loads(metadata["state"]), tensors
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / STATE}: nothing to resume from ({error})") from None
 
