@@ -132,7 +132,9 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+        long = x.float()
+        scale = torch.rsqrt(long.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * (long * scale).to(x.dtype)
 
 
 def rope_frequencies(config, device=None):
@@ -155,9 +157,9 @@ def rotate(x, cos, sin):
 
         x = [ a_0 a_1 ... | b_0 b_1 ... ]  ->  [ a cos - b sin | b cos + a sin ]
     Pair i is (a_i, b_i), not neighbours as in the papers: that gives twenty fluent tokens, then
-    nonsense. x (B, heads, T, E); cos, sin (B or 1, 1, T, E), each half the same angles."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    nonsense. x (B, heads, T, E); cos = [cos | cos], sin = [-sin | sin] (B or 1, 1, T, E)."""
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # [ b | a ]
+    return torch.addcmul(x * cos, swapped, sin)
 
 
 def attend(q, k, v, mask):
@@ -259,8 +261,8 @@ class Llama(nn.Module):
             positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
         mask = self._mask(positions, start)
         angles = positions[:, None, :, None] * rope_frequencies(self.config, x.device)
-        angles = torch.cat((angles, angles), dim=-1)  # (B or 1, 1, T, E)
-        rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        rope = [torch.cat(halves, dim=-1).to(x.dtype)  # (B or 1, 1, T, E)
+                for halves in ((angles.cos(), angles.cos()), (-angles.sin(), angles.sin()))]
         for i, block in enumerate(self.layers):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, mask, use_reentrant=False)
