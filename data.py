@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+from tqdm import tqdm
 
 QUESTION = "Is the answer yes for the following text?"
 SYSTEM = "Answer the question, then explain why."
@@ -309,7 +310,7 @@ class Example:
 def encode_rows(rows, prompts, answers=True, refuse=True):
     """Row dicts -> Examples. DataError for an answer over max_answer: it is never cut."""
     examples = []
-    for row in rows:
+    for row in tqdm(rows, desc="tokens", unit="row", delay=3, leave=False):
         prompt, cut = prompts.prompt(row["text"])
         answer = []
         if answers and "explanation" in row:

@@ -259,7 +259,13 @@ def explain(args):
     args.fingerprint = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
     done, size = resume(args, rows), 1 if args.endpoint else args.batch
     write, score = (server_teacher if args.endpoint else local_teacher)(args)
-    work = partial(explain_batch, write=write, score=score, args=args)
+
+    def work(batch):
+        try:
+            return explain_batch(batch, write, score, args)
+        except ValueError as error:
+            raise ValueError(f"at row {batch[0]['id']!r}: {error}") from None
+
     # Batches of the whole file: a local model's last digits depend on batch mates
     batches = [rows[i : i + size] for i in range(len(done) // size * size, len(rows), size)]
     with (ThreadPool(args.concurrency) as pool, open(args.out, "ab") as file,

@@ -146,7 +146,7 @@ def test_a_server_that_fails_ends_the_run(server, tmp_path, monkeypatch, status,
     out.write_text("".join(lines[:20]) + lines[20][:30])
     reply = {"error": {"message": "no model t sk-secret \x9b"}}
     server.wrong += [(status, {"Location": server.url}, reply)] * tried
-    with pytest.raises(ValueError, match=words) as error:
+    with pytest.raises(ValueError, match="at row 'r20'.*" + words) as error:
         server.explain(out, "--concurrency", "1")
     assert "sk-secret" not in str(error.value) and printable(str(error.value)) == str(error.value)
     assert sum("case 20:" in text for _, text in server.seen[requests:]) == tried
