@@ -120,7 +120,7 @@ def train(args, dtype, what, mode):
 
 def predict(args, dtype, what, mode):
     explain, more = what.isdecimal(), {}
-    prompts, rows, examples = real_rows(args, what, int(what) if explain else 64)
+    prompts, rows, examples = real_rows(args, what, int(what) if explain else 32)
     count, size = len(rows) * (NEW_TOKENS if explain else 1), len(rows) if explain else 16
     if args.side == "ours":
         llama = load_llama(args.model, dtype, args.device)
@@ -217,7 +217,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.case:
         return measure(args)
+    about = {"command": ["benchmarks/speed.py", *(argv or sys.argv[1:])], "cpus": os.cpu_count(),
+             "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
+             "processor": platform.processor() or platform.machine(),
+             "base_sha256": base_fingerprint(args.model)}
     results = {}
+    (args.out or Path("x")).parent.mkdir(parents=True, exist_ok=True)
     print(f"{'case':25}{'ours':>8}{'theirs':>8}{'ratio':>6}  {'unit':9} peak GB      of the peak")
     for case in (case for case in args.cases if args.clinifact or "clinifact" not in case):
         found = {side: [] for side in (["ours"] if "-" in case else ["ours", "theirs"])}
@@ -236,14 +241,9 @@ def main(argv=None):
         rates = [*middle["rate"], middle["rate"][0] / middle["rate"][-1]][: 2 * len(found) - 1]
         print(f"{case:25}{''.join(f'{rate:8.2f}' for rate in rates):24} {unit:9}"
               f"{' / '.join(f'{peak / 2**30:.2f}' for peak in middle['peak_bytes']):13}"
-              f"{middle['share'][0]:.0%}", flush=True)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out, {
-            "command": ["benchmarks/speed.py", *(argv or sys.argv[1:])], "cases": results,
-            "versions": {name: version(name) for name in ("torch", "transformers", "peft")},
-            "processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(),
-            "base_sha256": base_fingerprint(args.model)})
+              f"{f'{share:.0%}' if (share := middle['share'][0]) else ''}", flush=True)
+        if args.out:
+            write_json(args.out, about | {"cases": results})
 
 
 if __name__ == "__main__":
