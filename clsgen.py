@@ -230,7 +230,7 @@ def choose_token(logits, temperature=0.0, top_p=1.0, generator=None):
     if temperature == 0:
         return logits.argmax(-1)
     p = (logits / temperature).softmax(-1)
-    # All tokens below (1 - top_p) / V together miss 1 - top_p: no need to sort them
+    # Tokens below (1 - top_p) / V weigh less than 1 - top_p together: all are cut, none is sorted
     p, ids = p.topk(int((p >= (1 - top_p) / p.shape[-1]).sum(-1).max()))
     p[p.cumsum(-1) - p > top_p] = 0  # the token that crosses top_p still counts
     drawn = torch.multinomial(p.cpu(), 1, generator=generator).to(ids.device)

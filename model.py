@@ -132,9 +132,9 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        long = x.float()
-        scale = torch.rsqrt(long.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * (long * scale).to(x.dtype)
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * (wide * scale).to(x.dtype)
 
 
 def rope_frequencies(config, device=None):
@@ -167,8 +167,9 @@ def attend(q, k, v, mask):
     if mask is None or q.device.type != "cpu":
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    # On a CPU, forward and backward in bfloat16, this is 1.4 to 3 times as fast as the call above:
-    # the heads of a group are rows of one product, and 256 tokens leave out all later keys
+    # On a CPU, twice as fast as the call above up to 512 tokens (forward and backward in bfloat16)
+    # and level at 1,024: the heads of a group are rows of one product, 256 queries at a time, each
+    # with the keys up to its last
     out, q, k, v = [], q / q.shape[-1] ** 0.5, k.flatten(0, 1), v.flatten(0, 1)  # k, v (B K, S, E)
     for part, bias in zip(q.split(256, dim=2), mask.split(256, dim=2), strict=True):
         size = part.shape[2]

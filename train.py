@@ -277,8 +277,6 @@ def stop_signals():
 
 
 # --- save and resume ------------------------------------------------------------------------------
-# Order and initial values follow from the seed and nothing else is random: weights, AdamW's moments
-# and the step's number are the whole state. It is one file, so that it is never half new.
 def state_digest(text, tensors):
     """SHA-256 of the state's JSON and of every tensor: tells a damaged save."""
     digest = hashlib.sha256(text.encode())
@@ -288,6 +286,8 @@ def state_digest(text, tensors):
     return digest.hexdigest()
 
 
+# Order and initial values follow from the seed and nothing else is random: weights, AdamW's moments
+# and the step's number are the whole state. It is one file, so that it is never half new.
 def save_state(folder, trained, optimizer, state, best):
     """trained {name: parameter}; `best`: the tensors that are kept at the end."""
     tensors = {"best." + name: tensor for name, tensor in best.items()}

@@ -1,6 +1,6 @@
 """Speed and memory beside transformers and peft doing the same work, in the order A B A B.
 
-    python benchmarks/speed.py                              # all cases, some 20 minutes on 2 cores
+    python benchmarks/speed.py                             # all cases, over half an hour on 2 cores
     python benchmarks/speed.py --cases train/512 explain/1 --out out/speed.json
 
 Every measurement is a process of its own, so that its peak memory is its own. The peer: the same
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from clsgen import TARGETS, CLSGen, Run, add_lora, choose_token, joint_loss  # noqa: E402
-from clsgen import base_fingerprint, keep_freed_memory, pick, write_json  # noqa: E402
+from clsgen import base_fingerprint, keep_freed_memory, pick, run_main, write_json  # noqa: E402
 from data import Example, Prompts, collate, encode_rows, read_rows  # noqa: E402
 from model import load_llama  # noqa: E402
 from train import micro_batches  # noqa: E402
@@ -67,7 +67,6 @@ def training_rows(args, what):
 def peer(args, kind, dtype, lora):
     import transformers
     from peft import LoraConfig, get_peft_model
-
     model = getattr(transformers, kind).from_pretrained(args.model, dtype=dtype)
     if lora:
         model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=list(TARGETS)))
@@ -87,6 +86,8 @@ def train(args, dtype, what, mode):
         model = CLSGen(add_lora(llama, 16, 32.0))
         trained = [p for p in model.parameters() if p.requires_grad]
         blocks = sum(p.numel() for p in llama.layers.parameters() if not p.requires_grad)
+        if mode == "cls":  # answers are not computed
+            blocks, answers = blocks * (1 - answers / tokens), 0
         more = {"flop": 4 * (blocks + answers / tokens * llama.embed_tokens.weight.numel())}
     else:
         model = peer(args, "AutoModelForCausalLM", dtype, lora=True)
@@ -169,8 +170,7 @@ def timed(function, tries):
     for _ in range(tries):
         begin = time.perf_counter()
         function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        torch.cuda.synchronize() if torch.cuda.is_available() else None
         seconds.append(time.perf_counter() - begin)
     return seconds
 
@@ -210,7 +210,7 @@ def main(argv=None):
     add("--repeats", type=int, default=2, help="of the work in one process, after one to warm up")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     add("--device", help="such as cpu or cuda")
-    add("--clinifact", type=Path, help="JSON Lines rows of CliniFact, for its two cases")
+    add("--clinifact", type=Path, help="CliniFact's rows; without, two cases less")
     add("--out", type=Path, help="JSON file")
     add("--side", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     add("--case", help=argparse.SUPPRESS)
@@ -222,7 +222,6 @@ def main(argv=None):
              "processor": platform.processor() or platform.machine(),
              "base_sha256": base_fingerprint(args.model)}
     results = {}
-    (args.out or Path("x")).parent.mkdir(parents=True, exist_ok=True)
     print(f"{'case':25}{'ours':>8}{'theirs':>8}{'ratio':>6}  {'unit':9} peak GB      of the peak")
     for case in (case for case in args.cases if args.clinifact or "clinifact" not in case):
         found = {side: [] for side in (["ours"] if "-" in case else ["ours", "theirs"])}
@@ -233,7 +232,7 @@ def main(argv=None):
                 command += ["--" + name, str(value)] if value is not None else []
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise SystemExit(f"{case}, {side}:\n{done.stderr[-2000:]}")
+                raise ValueError(f"{case}, {side}: {done.stderr.strip()[-300:]}")
             found[side].append(json.loads(done.stdout.splitlines()[-1]))
         middle = {key: [statistics.median(run[key] for run in runs) for runs in found.values()]
                   for key in ("rate", "peak_bytes", "share")}
@@ -243,8 +242,9 @@ def main(argv=None):
               f"{' / '.join(f'{peak / 2**30:.2f}' for peak in middle['peak_bytes']):13}"
               f"{f'{share:.0%}' if (share := middle['share'][0]) else ''}", flush=True)
         if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
             write_json(args.out, about | {"cases": results})
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # run_main keeps freed memory, which is ours alone
+    main() if "--side" in sys.argv else run_main(main)

@@ -219,25 +219,25 @@ def test_no_text_or_explanation_holds_an_added_token(name, tmp_path):
     settings(max_examples=2000 // SHARE, deadline=None)(given(texts)(stays_text))()
 
 
-DANGEROUS = set("eval() exec() compile() __import__() importlib runpy cdll pickle marshal shelve"
-                " jinja2 load hub system popen shell trust_remote_code allow_pickle".split())
+DANGEROUS = set("eval() exec() compile() __import__() importlib runpy ctypes CDLL pickle marshal"
+                " shelve jinja2 load hub system popen shell trust_remote_code allow_pickle".split())
 
 
 def names_in(source):
-    """Its imports, attributes, keyword arguments and, ending in (), plain names. CDLL(None)
-    is this process itself and no name here; any other library is."""
+    """Its imports, attributes, keyword arguments and, ending in (), plain names."""
     for node in ast.walk(ast.parse(source)):
         yield from (getattr(node, field, None) for field in ("name", "module", "attr", "arg"))
         yield isinstance(node, ast.Name) and node.id + "()"
-        if isinstance(node, ast.Call) and ast.unparse(node).startswith(("ctypes.", "CDLL")):
-            yield ast.unparse(node) == "ctypes.CDLL(None)" or "cdll"
 
 
 def test_nothing_can_run_code():
     """Fails if a script unpickles, evaluates text, imports by name, or starts a shell."""
     for bad in ("eval(x)", "__import__(x)", "import importlib", "import pickle", "torch.load(x)",
                 "from pickle import x", "from torch import load", "f(shell=1)",
-                "ctypes.CDLL('x')", "CDLL(None, x)"):
+                "import ctypes as c", "from ctypes import CDLL", "c.CDLL(x)"):
         assert DANGEROUS & set(names_in(bad)), bad
     for path in (*ROOT.glob("*.py"), *ROOT.glob("examples/**/*.py")):
-        assert not DANGEROUS & set(names_in(path.read_text(encoding="utf-8"))), path
+        text = path.read_text(encoding="utf-8")
+        if path.name == "clsgen.py":  # one call of this process's own C library, for mallopt
+            text = text.replace("import ctypes\n", "", 1).replace("ctypes.CDLL(None)", "None", 1)
+        assert not DANGEROUS & set(names_in(text)), path
