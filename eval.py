@@ -4,9 +4,10 @@
     python eval.py --run runs/clsgen --run runs/cls --run runs/lm --model models/x --data test.jsonl
 
 prints tables and writes eval.json and predictions: into runs/x/eval/test for one run, out/test for
-several. --model adds the base model, zero-shot. Nothing is fitted here: calibration and threshold
-came with each run. Notation: N rows, y (N,) labels in {0, 1}, p (N,) probabilities of class 1, V
-vocabulary, A answer tokens of a batch. Where a metric is undefined, a ValueError says why.
+several. --model adds the base model, zero-shot. Nothing is fitted on --data: calibration and
+threshold came with each run; those of the base model are found on --valid. Notation: N rows, y (N,)
+labels in {0, 1}, p (N,) probabilities of class 1, V vocabulary, A answer tokens of a batch. Where a
+metric is undefined, a ValueError says why.
 """
 
 import argparse
@@ -166,7 +167,7 @@ def calibration_slope(y, p):
 
     weights = np.zeros(2)
     for _ in range(1000):  # Newton; ten steps or so, more near separation
-        fitted = (1 + np.tanh(design @ weights / 2)) / 2  # a sigmoid that cannot overflow
+        fitted = sigmoid(design @ weights)
         hessian = (design * (fitted * (1 - fitted))[:, None]).T @ design
         step = np.linalg.solve(hessian, design.T @ (y - fitted))
         # a full step overshoots near separation: damped by the largest change of a logit
@@ -174,6 +175,28 @@ def calibration_slope(y, p):
         if np.abs(step).max() <= 1e-10 * (1 + np.abs(weights).max()):
             break
     return float(weights[0]), float(weights[1])
+
+
+def sigmoid(z):
+    return (1 + np.tanh(np.asarray(z) / 2)) / 2  # cannot overflow
+
+
+def calibrate(y, z):
+    """({"calibration", "threshold"} for a run's meta, calibrated p (N,), a sentence) of raw logits
+    z on validation rows: p = sigmoid(z / T + b) by log loss (Platt 1999), then the F1 threshold."""
+    try:
+        if len(y) < 30:
+            raise ValueError(f"{len(y)} validation rows, 30 are due")
+        slope, bias = calibration_slope(y, sigmoid(z))
+        if slope <= 0:
+            raise ValueError(f"the score ranks these rows the wrong way (slope {slope:.3f})")
+        temperature = 1 / slope
+        sentence = f"calibrated: temperature {temperature:.3f}, bias {bias:.3f}"
+    except ValueError as error:
+        temperature, bias, sentence = 1.0, 0.0, f"not calibrated: {error}"
+    p = sigmoid(np.asarray(z) / temperature + bias)
+    fitted = {"calibration": {"temperature": temperature, "bias": bias}}
+    return fitted | {"threshold": best_f1_threshold(y, p)}, p, sentence
 
 
 def cohen_kappa(a, b):
@@ -367,6 +390,13 @@ def reference_sums(run, rows, size, progress=False):
     return sums
 
 
+def raw_logits(run, rows, size=16, progress=False):
+    """(N,) logits of a run's own score, before calibration."""
+    records = run.predict(rows, False, size, progress=progress)
+    p = np.array([record["raw_probability"] for record in records])
+    return np.log(p) - np.log1p(-p)
+
+
 # --- evaluation -----------------------------------------------------------------------------------
 UNFITTED = {"scorer": "label_token", "calibration": {"temperature": 1.0, "bias": 0.0},
             "threshold": 0.5}
@@ -469,6 +499,14 @@ def table(columns, keys):
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
+def print_tables(columns):
+    """The tables of {scorer: metrics}, each with the scorers that have any of its columns."""
+    for title, keys in TABLES.items():
+        keys = keys.split()
+        if some := {name: one for name, one in columns.items() if any(key in one for key in keys)}:
+            print(f"\n{title}\n{table(some, keys)}")
+
+
 # --- command --------------------------------------------------------------------------------------
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -478,6 +516,7 @@ def parse(argv=None):
     add("--data", required=True, type=Path, help="JSON Lines file with labels")
     add("--model", help="folder of the base model: scored as well, zero-shot, with the first run's "
         "prompts (default: not, and each run names its base)")
+    add("--valid", type=Path, help="validation rows: calibrate the base model's p as a run's is")
     add("--rows", type=int, help="only the first N rows of a seeded shuffle (default: all)")
     add("--explain", type=int, help="texts for the first N of that shuffle only (default: all)")
     add("--out", type=Path, help="results (default: RUN/eval/DATA; of several runs, out/DATA)")
@@ -521,7 +560,7 @@ def score_run(run, rows, file_rows, score, args):
     sums[:count] = reference_sums(run, rows[:count], args.batch, progress=count > 0)
     p, raw, token, labels = ([one[key] for one in predictions] for key in (
         "probability", "raw_probability", "label_token_probability", "label"))
-    head, fitted = run.meta["scorer"] == "head", run.name != "zero-shot"
+    head, fitted = run.meta["scorer"] == "head", run.name != "zero-shot" or args.valid
     own = score(p, labels if fitted else None, sums[:, [0, 2]] if sums.any() else None)
     own |= text_metrics(rows[:count], predictions[:count], sums[:count], file_rows, args.seed)
     own |= {"calibrated": run.meta["calibration"] != UNFITTED["calibration"], "run": run.name,
@@ -536,6 +575,7 @@ def evaluate(args, rows, file_rows):
     y, groups = [row["label"] for row in rows], [row.get("group") for row in rows]
     true_p = np.array([row.get("probability", np.nan) for row in rows])
     folders, first = args.run + [None] * bool(args.model), {}
+    valid = read_rows(args.valid) if args.valid else []
     for folder in folders[1:]:
         load_scorer(folder, args)  # what does not load says so now, not after hours
     args.out.mkdir(parents=True, exist_ok=True)
@@ -549,6 +589,11 @@ def evaluate(args, rows, file_rows):
     columns, lines = {}, []
     for folder in folders:
         run = load_scorer(folder, args)
+        if valid and not folder:  # the base model gets what the runs got
+            z = raw_logits(run, valid, args.batch, progress=True)
+            fitted, _, sentence = calibrate([row["label"] for row in valid], z)
+            run.meta |= fitted
+            print(f"zero-shot {sentence}")
         predictions, scorers = score_run(run, rows, file_rows, score, args)
         prefix = f"{folder or 'zero-shot'} " if len(folders) > 1 else ""
         columns |= {prefix + name: metrics for name, metrics in scorers.items()}
@@ -580,10 +625,7 @@ def main(argv=None):
         print(f"the true p that the rows give has AUROC {report['bayes_auroc']:.3f}: the ceiling")
     if n_groups < 20:
         print("warning: under 20 groups the intervals are too narrow")
-    for title, keys in TABLES.items():
-        keys = keys.split()
-        if some := {name: one for name, one in columns.items() if any(key in one for key in keys)}:
-            print(f"\n{title}\n{table(some, keys)}")
+    print_tables(columns)
     print(f"\nwrote {args.out}/eval.json and predictions.jsonl")
 
 

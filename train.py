@@ -32,8 +32,8 @@ from clsgen import TARGETS, CLSGen, Run, add_lora, base_fingerprint, joint_loss,
 from clsgen import pick, read_adapter_config, run_main, versions, write_atomically, write_tensors
 from data import DataError, Prompts, add_prompt_arguments, collate, encode_rows, printable
 from data import read_rows, show, split_valid
-from eval import UNFITTED, auroc, best_f1_threshold, calibration_slope, collapse, reference_sums
-from eval import score_metrics, table
+from eval import UNFITTED, auroc, calibrate, collapse, raw_logits, reference_sums, score_metrics
+from eval import sigmoid, table
 from model import load_llama
 
 STATE = Path("resume") / "state.safetensors"  # in the run folder: what --resume goes on from
@@ -176,10 +176,6 @@ def schedule(step, steps, warmup):
 
 
 # --- validation -----------------------------------------------------------------------------------
-def sigmoid(z):
-    return (1 + np.tanh(np.asarray(z) / 2)) / 2
-
-
 @torch.inference_mode()
 def validate(model, examples, device, size):
     """({"bce", "lm", "auroc"} over all rows, raw logits (N,)): measured, nothing is fitted here."""
@@ -204,19 +200,6 @@ def watch_text(model, prompts, rows, size):
     prompts.max_answer = min(64, prompts.max_answer)
     run = Run(model, prompts, UNFITTED)
     return collapse(run.predict(rows, batch_size=size), reference_sums(run, rows, size))
-
-
-def calibrate(y, z):
-    """(temperature, bias, sentence or None): sigmoid(z / T + b) by log loss (Platt 1999)."""
-    try:
-        if len(y) < 30:
-            raise ValueError(f"{len(y)} validation rows, 30 are due")
-        slope, bias = calibration_slope(y, sigmoid(z))
-        if slope <= 0:
-            raise ValueError(f"the score ranks these rows the wrong way (slope {slope:.3f})")
-    except ValueError as error:
-        return 1.0, 0.0, f"not calibrated: {error}"
-    return 1 / slope, bias, None
 
 
 # --- training -------------------------------------------------------------------------------------
@@ -364,13 +347,10 @@ def finish(args, model, prompts, rows, z, meta):
     }
     run = Run(model, prompts, meta, str(args.out))
     if not args.cls_weight:  # the score head never trained: the label token is the score
-        p = np.array([record["raw_probability"] for record in run.predict(rows, explain=False)])
-        z = np.log(p) - np.log1p(-p)
-    temperature, bias, sentence = calibrate(y, z)
-    print(sentence or f"calibrated: temperature {temperature:.3f}, bias {bias:.3f}")
-    p = sigmoid(z / temperature + bias)
-    meta["calibration"] = {"temperature": temperature, "bias": bias}
-    meta["threshold"] = best_f1_threshold(y, p)
+        z = raw_logits(run, rows)
+    fitted, p, sentence = calibrate(y, z)
+    print(sentence)
+    meta |= fitted
     run.save(args.out)
     columns = {"calibrated": score_metrics(y, p, p >= meta["threshold"]),
                "raw": score_metrics(y, sigmoid(z))}

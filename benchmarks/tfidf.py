@@ -10,14 +10,42 @@ import argparse
 import sys
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clsgen import run_main  # noqa: E402
 from data import read_rows  # noqa: E402
-from eval import best_f1_threshold, score_metrics, table  # noqa: E402
-from train import calibrate, sigmoid  # noqa: E402
+from eval import calibrate, print_tables, score_metrics, sigmoid  # noqa: E402
+
+NGRAMS = {"TF-IDF, words": (1, 1), "TF-IDF, words and pairs": (1, 2)}
+
+
+def bag_of_words(train, test, valid=None):
+    """{scorer: its metrics} on the test rows."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    def texts(rows):
+        return [row["text"] for row in rows]
+
+    def labels(rows):
+        return [row["label"] for row in rows]
+
+    columns = {}
+    for name, ngrams in NGRAMS.items():
+        model = make_pipeline(TfidfVectorizer(ngram_range=ngrams),
+                              LogisticRegression(max_iter=1000)).fit(texts(train), labels(train))
+        temperature, bias, threshold = 1.0, 0.0, 0.5
+        if valid:
+            z = model.decision_function(texts(valid))
+            fitted, _, sentence = calibrate(labels(valid), z)
+            (temperature, bias), threshold = fitted["calibration"].values(), fitted["threshold"]
+            print(f"{name}: {sentence}")
+        p = sigmoid(model.decision_function(texts(test)) / temperature + bias)
+        groups = [row.get("group") for row in test]
+        columns[name] = {"calibrated": (temperature, bias) != (1.0, 0.0)} | score_metrics(
+            labels(test), p, p >= threshold, groups)
+    return columns
 
 
 def main():
@@ -26,32 +54,8 @@ def main():
     parser.add_argument("--valid", help="rows to calibrate on")
     parser.add_argument("--test", required=True, help="rows to score")
     args = parser.parse_args()
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-
-    train, test = read_rows(args.data), read_rows(args.test)
-    columns = {}
-    for name, ngrams in (("words", (1, 1)), ("words and pairs", (1, 2))):
-        vectorizer = TfidfVectorizer(ngram_range=ngrams)
-        model = LogisticRegression(max_iter=1000).fit(
-            vectorizer.fit_transform([row["text"] for row in train]),
-            [row["label"] for row in train],
-        )
-
-        def logit(rows, model=model, vectorizer=vectorizer):
-            return model.decision_function(vectorizer.transform([row["text"] for row in rows]))
-
-        temperature, bias, threshold = 1.0, 0.0, 0.5
-        if args.valid:
-            valid = read_rows(args.valid)
-            y = np.array([row["label"] for row in valid])
-            temperature, bias, sentence = calibrate(y, logit(valid))
-            print(sentence or f"{name}: temperature {temperature:.3f}, bias {bias:.3f}")
-            threshold = best_f1_threshold(y, sigmoid(logit(valid) / temperature + bias))
-        y, p = [row["label"] for row in test], sigmoid(logit(test) / temperature + bias)
-        groups = [row.get("group") for row in test]
-        columns[name] = score_metrics(y, p, p >= threshold, groups)
-    print(table(columns, list(columns["words"])[:5] + ["log_loss", "brier", "ece", "ece_floor"]))
+    print_tables(bag_of_words(read_rows(args.data), read_rows(args.test),
+                              read_rows(args.valid) if args.valid else None))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, write_rows
 from sklearn import metrics as sk
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
@@ -336,6 +336,24 @@ def test_nothing_to_measure_is_none():
         ["y", "0.250", "yes", "n/a"]]
 
 
+def test_calibration_finds_temperature_bias_and_threshold():
+    """Fails if temperature multiplies, if the bias is added before the division, or if the
+    threshold is one of uncalibrated probabilities."""
+    rng = np.random.default_rng(0)
+    logit = rng.normal(0, 2, 20000)
+    y = rng.random(20000) < 1 / (1 + np.exp(-logit))
+    fitted, p, sentence = ev.calibrate(y, 3 * (logit - 0.5))
+    found = fitted["calibration"]
+    assert sentence.startswith("calibrated") and found["bias"] == pytest.approx(0.5, abs=0.05)
+    assert found["temperature"] == pytest.approx(3, rel=0.05)
+    assert p == pytest.approx(1 / (1 + np.exp(-logit)), abs=0.02)
+    assert fitted["threshold"] == ev.best_f1_threshold(y, p)
+    few, p, sentence = ev.calibrate(y[:20], logit[:20])
+    assert few["calibration"] == {"temperature": 1, "bias": 0} and "30 are due" in sentence
+    assert p == pytest.approx(1 / (1 + np.exp(-logit[:20])))
+    assert "wrong way" in ev.calibrate(y, -logit)[2] and "parts" in ev.calibrate(y, y * 2.0 - 1)[2]
+
+
 @pytest.fixture(scope="module")
 def runs(tiny, rows_file, tmp_path_factory):
     """A folder with two runs of random LoRA and head; in `out` the results of comparing them."""
@@ -400,10 +418,31 @@ def test_one_command_compares(runs, rows, monkeypatch):
     own, *others = metrics.values()
     due = [one["auroc"] - own["auroc"] for one in others]
     assert [one["auroc_difference"] for one in others] == due and "auroc_difference" not in own
-    run = load_run(runs / "joint")
+    run, zero = load_run(runs / "joint"), predictions[80:]
     monkeypatch.setattr(LoRALinear, "off", True)
     due = [one["label_token_probability"] for one in run.predict(rows, explain=False)]
-    assert [one["probability"] for one in predictions[80:]] == pytest.approx(due, abs=1e-5)
+    assert [one["probability"] for one in zero] == pytest.approx(due, abs=1e-5)
+
+
+def test_the_base_model_is_calibrated_as_a_run_is(runs, rows, rows_file, tiny, tmp_path):
+    """Fails if --valid changes the runs, or leaves the base model's p or threshold as they were."""
+    other = [{**row, "label": row["label"] ^ (i % 3 == 0)} for i, row in enumerate(rows)]
+    valid = write_rows(tmp_path / "valid.jsonl", other)
+    ev.main(f"--run {runs}/joint --run {runs}/lm --model {tiny} --data {rows_file} --batch 7 "
+            f"--draws 20 --out {runs}/valid --valid {valid} --explain 0".split())
+    (report, found), (_, before) = read(runs / "valid"), read(runs / "out")
+    found, before = ([{one["id"]: one for one in lines[i : i + 40]} for i in (0, 40, 80)]
+                     for lines in (found, before))
+    for mine, was in zip(found, before, strict=True):
+        raw, p, raw_was, p_was = (np.array([side[row["id"]][key] for row in rows]) for side in (
+            mine, was) for key in ("raw_probability", "probability"))
+        assert raw == pytest.approx(raw_was, abs=1e-5)
+        assert (p == pytest.approx(p_was, abs=1e-5)) == (mine is not found[-1])
+    fitted, due, _ = ev.calibrate([row["label"] for row in other], np.log(raw / (1 - raw)))
+    assert fitted["calibration"]["temperature"] != 1 and p == pytest.approx(due, abs=1e-4)
+    assert found[-1]["r0"]["threshold"] == pytest.approx(fitted["threshold"], abs=1e-4)
+    own = report["metrics"]["zero-shot label token"]
+    assert own["calibrated"] and "f1" in own and "zero-shot raw" in report["metrics"]
 
 
 def test_rows_explain_and_the_results_folder(runs, rows_file, capsys):
