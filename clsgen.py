@@ -66,11 +66,11 @@ class LoRALinear(Linear):
         if self.off:
             return super().forward(x)
         small = F.linear(x, self.lora_A.weight.to(x.dtype))
-        return super().forward(x) + F.linear(small, (self.scale * self.lora_B.weight).to(x.dtype))
+        return super().forward(x) + F.linear(self.scale * small, self.lora_B.weight.to(x.dtype))
 
     def merged(self, weight):
         """W + (alpha / rank) B A, summed in float32 and cast once to the dtype of W."""
-        delta = self.scale * self.lora_B.weight @ self.lora_A.weight
+        delta = self.scale * self.lora_B.weight.float() @ self.lora_A.weight.float()
         return (weight.float() + delta.detach().cpu()).to(weight.dtype)
 
 
@@ -370,6 +370,8 @@ def _load_run(folder, meta, model, dtype, device):
     clsgen = CLSGen(llama if merged else add_lora(llama, **meta["lora"])).eval()
     load_adapter(clsgen, folder / ("score.safetensors" if merged else "adapter_model.safetensors"))
     digest = hashlib.sha256((folder / "clsgen.json").read_bytes()).hexdigest()[:12]
+    for parameter in clsgen.parameter_groups()["lora"].values():
+        parameter.data = parameter.to(dtype)  # as its products are: once, not in each of them
     run = Run(clsgen, Prompts(base, **meta["prompts"]), meta, digest)
     temperature, bias = meta["calibration"]["temperature"], meta["calibration"]["bias"]
     values = meta["scorer"], temperature, bias, meta["threshold"], meta["base_rate"]
