@@ -2,7 +2,7 @@
 
     python benchmarks/real.py discharge                   # into runs/real, then results/*.json
     python benchmarks/real.py esnli --folder data/esnli   # its train.jsonl; valid.jsonl as the test
-    python benchmarks/real.py discharge --sweep           # LM weights, on the validation rows only
+    python benchmarks/real.py discharge --sweep .1 1 3    # LM weights, on the validation rows only
 
 Scorers: majority, bag of words, the base model zero-shot, LM-only, cls-only and CLSGen, on the same
 rows, all calibrated on the same validation rows. What is there already is not done again, and a
@@ -29,7 +29,7 @@ from clsgen import run_main, write_atomically, write_json  # noqa: E402
 from data import read_rows, split_valid  # noqa: E402
 from eval import print_tables  # noqa: E402
 from model import read_json  # noqa: E402
-from tfidf import bag_of_words  # noqa: E402
+from tfidf import NGRAMS, bag_of_words  # noqa: E402
 
 # `rows` to train on at most; `held` back from the training file for calibration, as a share
 DATA = {
@@ -42,7 +42,6 @@ DATA = {
     "clinifact": {"question": "Does the abstract report a positive result for the claim?",
                   "held": 0.15, "flags": "--epochs 1 --max-answer 160"},
 }
-WEIGHTS = ("cls", "0.01", "0.1", "0.3", "1", "3")  # of the LM loss; cls-only is 0
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -128,6 +127,36 @@ def evaluate(name, runs, rows, more, args):
     return read_json(out / "eval.json"), took
 
 
+# --- tables ---------------------------------------------------------------------------------------
+def markdown(report, names):
+    """Two tables for a README out of eval.json and costs: probability, then text and cost."""
+    costs, none = report["costs"], {"seconds": None, "peak_memory_gb": None}
+
+    def cell(one, *keys):
+        """The first value, in brackets its interval or the other values."""
+        values = [one.get(key) for key in keys]
+        values += one["intervals"].get(keys[0], ()) if len(keys) == 1 and "intervals" in one else ()
+        first, *more = ["" if value is None else f"{value:.3f}".lstrip("0") for value in values]
+        return first + f" [{', '.join(more)}]" * any(more)
+
+    for columns in (
+        {"AUROC": "auroc", "AP": "average_precision", "F1": "f1", "log loss": "log_loss",
+         "Brier": "brier", "ECE [of a perfect p: mean, 95 %]": "ece ece_floor ece_floor_q95"},
+        {"alignment": "auroc_alignment", "kappa": "kappa", "states a label": "parsable",
+         "distinct-2": "distinct_2", "rep-4": "rep_4", "reference NLL": "reference_nll",
+         "KL from base": "base_kl"}):
+        cost = ["minutes", "GB"] * ("AUROC" not in columns)
+        print(f"\n| | {' | '.join([*columns, *cost])} |")
+        print(f"|{'---|' * (1 + len(columns) + len(cost))}")
+        for title, (scorer, run) in names.items():
+            one, took = report["metrics"][scorer], costs.get(run, none)
+            cells = [cell(one, *keys.split()) for keys in columns.values()]
+            if cost and took["seconds"]:
+                cells += [f"{took['seconds'] / 60:.0f}", f"{took['peak_memory_gb']:.1f}"]
+            if any(cells):
+                print(f"| {title} | {' | '.join(cells)} |")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -135,32 +164,40 @@ def main(argv=None):
     add("--folder", type=Path, help="of its train.jsonl and valid.jsonl; discharge is bundled")
     add("--model", type=Path, default=Path("models/smollm2-135m"), help="folder of the base")
     add("--weight", default="1", help="LM weight of CLSGen")
-    add("--sweep", action="store_true", help="all LM weights instead, on the validation rows")
+    add("--sweep", nargs="+", metavar="WEIGHT", help="LM weights beside 0, on validation rows")
     add("--work", type=Path, default=Path("runs/real"), help="folder of the runs")
     add("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON")
     args = parser.parse_args(argv)
     args.work.mkdir(parents=True, exist_ok=True)
     paths = prepare(args.name, args.folder, args.work)
-    runs = [*WEIGHTS, "lm"] if args.sweep else [args.weight, "cls", "lm"]
+    runs = ["cls", *args.sweep, "lm"] if args.sweep else [args.weight, "cls", "lm"]
     costs = {run: train(args.name, run, paths, args) for run in runs}
+
+    def scorer(run):
+        return f"{args.work / args.name}-{run} {'label token' if run == 'lm' else 'head'}", run
+
     if args.sweep:
         report, costs["eval"] = evaluate(args.name, runs, paths["valid"], [], args)
+        names = {f"LM weight {0 if run == 'cls' else run}": scorer(run) for run in runs[:-1]}
     else:
         more = ["--model", args.model, "--valid", paths["valid"]]
         report, costs["eval"] = evaluate(args.name, runs, paths["test"], more, args)
-        rows = {split: read_rows(path) for split, path in paths.items()}
-        report["metrics"] |= bag_of_words(rows["train"], rows["test"], rows["valid"])
+        rows = [read_rows(paths[split]) for split in ("train", "test", "valid")]
+        report["metrics"] |= bag_of_words(*rows)
+        names = {"majority": ("majority", "")} | {name: (name, "") for name in NGRAMS}
         if args.name == "esnli":
-            rows = {split: list(map(hypothesis, part)) for split, part in rows.items()}
-            report["metrics"] |= {
-                f"hypothesis only, {name}": metrics for name, metrics in
-                bag_of_words(rows["train"], rows["test"], rows["valid"]).items()}
-    report["costs"], report["cpus"] = costs, os.cpu_count()
-    report["processor"] = platform.processor() or platform.machine()
-    write_json(args.out / f"real_{args.name}{'_sweep' * args.sweep}.json", report)
+            found = bag_of_words(*(list(map(hypothesis, part)) for part in rows))
+            found = {f"{name}, hypothesis only": metrics for name, metrics in found.items()}
+            report["metrics"] |= found
+            names |= {name: (name, "") for name in found}
+        names |= {"zero-shot": ("zero-shot label token", "")}
+    names |= {"LM-only": scorer("lm")}
+    names |= {} if args.sweep else {"cls-only": scorer("cls"), "CLSGen": scorer(args.weight)}
+    report |= {"costs": costs, "cpus": os.cpu_count(),
+               "processor": platform.processor() or platform.machine()}
+    write_json(args.out / f"real_{args.name}{'_sweep' * bool(args.sweep)}.json", report)
     print_tables(report["metrics"])
-    for run, took in costs.items():
-        print(f"{run:6}{took['seconds'] / 60:8.1f} minutes{took['peak_memory_gb']:8.2f} GB")
+    markdown(report, names)
 
 
 if __name__ == "__main__":

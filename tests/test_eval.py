@@ -16,12 +16,13 @@ from sklearn.linear_model import LogisticRegression
 import eval as ev  # tests reach private names too
 import train
 from clsgen import TARGETS, CLSGen, LoRALinear, Run, add_lora, base_fingerprint, load_run
-from data import Prompts
+from data import Prompts, read_rows
 from model import load_llama
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import comprehensiveness as comp  # noqa: E402
 import figures  # noqa: E402
+import real  # noqa: E402
 
 EXTREMES = np.array([0.0, 1.0, 5e-324, 1e-300, 1e-16, 1 - 1e-16, 0.5, np.nextafter(0.5, 1)])
 
@@ -517,3 +518,34 @@ def test_figures(runs, tmp_path, monkeypatch):
         "reliability.png", "roc.png", "risk_coverage.png"}
     with pytest.raises(ValueError, match="--overwrite"):
         figures.main(call)
+
+
+def test_real_results(tiny, rows, tmp_path, monkeypatch, capsys):
+    """Fails if a scorer is missing, if test or validation rows are trained on, if work that is done
+    is done again, or if a stopped training starts anew."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(real.DATA, "tiny", {"question": "Is it bad?", "held": 0.3, "rows": 20,
+                                            "flags": "--epochs 2 --max-answer 12 --rank 2"})
+    for name, part in (("train", rows), ("valid", rows[::-1])):
+        write_rows(tmp_path / f"{name}.jsonl", [
+            row | {"id": f"{name} {row['id']}", "explanation": "Bad."} for row in part])
+    work = tmp_path / "work"
+    call = f"tiny --folder {tmp_path} --model {tiny} --work {work} --out {tmp_path}".split()
+    real.main(call)
+    shown, report = capsys.readouterr().out, json.loads((tmp_path / "real_tiny.json").read_text())
+    due = [f"{work}/tiny-1 head", f"{work}/tiny-cls head", f"{work}/tiny-lm label token",
+           "zero-shot label token", "majority", *real.NGRAMS]
+    assert set(due) <= report["metrics"].keys() and report["n"] == 40
+    assert report["metrics"]["zero-shot label token"]["f1"] and "| CLSGen | " in shown
+    parts = [{row["id"] for row in read_rows(work / f"tiny-{part}.jsonl")}
+             for part in ("train", "valid", "test")]
+    assert [len(part) for part in parts] == [20, 12, 40] and len(set.union(*parts)) == 72
+
+    stopped, weights = work / "tiny-cls.cost.json", work / "tiny-cls" / "adapter_model.safetensors"
+    stopped.write_text(json.dumps({"seconds": 1000.0, "peak_memory_gb": 0.0, "status": 1}))
+    before, took = weights.read_bytes(), report["costs"]
+    real.main(call)
+    again = json.loads((tmp_path / "real_tiny.json").read_text())["costs"]
+    assert again["cls"]["seconds"] > 1000 and "--resume" in again["cls"]["command"]
+    assert again == took | {"cls": again["cls"]}  # the others were not run again
+    assert weights.read_bytes() == before
