@@ -117,13 +117,13 @@ def train(name, run, paths, args):
     return cost(args.work / f"{name}-{run}.cost.json", command)
 
 
-def evaluate(name, runs, rows, more, args):
-    """(eval.json of some runs on a file of rows, its cost)"""
-    out = args.work / f"{name}-{rows.stem}"
-    command = ["eval.py", "--data", rows, *more, "--out", out]
+def evaluate(name, runs, split, more, paths, args):
+    """(eval.json of some runs on the rows of a split, its cost)"""
+    out = args.work / "-".join([name, split, *runs])
+    command = ["eval.py", "--data", paths[split], *more, "--out", out]
     for run in runs:
         command += ["--run", args.work / f"{name}-{run}"]
-    took = cost(args.work / f"{name}-{rows.stem}.cost.json", command)
+    took = cost(out.with_name(f"{out.name}.cost.json"), command)
     return read_json(out / "eval.json"), took
 
 
@@ -177,11 +177,11 @@ def main(argv=None):
         return f"{args.work / args.name}-{run} {'label token' if run == 'lm' else 'head'}", run
 
     if args.sweep:
-        report, costs["eval"] = evaluate(args.name, runs, paths["valid"], [], args)
+        report, costs["eval"] = evaluate(args.name, runs, "valid", [], paths, args)
         names = {f"LM weight {0 if run == 'cls' else run}": scorer(run) for run in runs[:-1]}
     else:
         more = ["--model", args.model, "--valid", paths["valid"]]
-        report, costs["eval"] = evaluate(args.name, runs, paths["test"], more, args)
+        report, costs["eval"] = evaluate(args.name, runs, "test", more, paths, args)
         rows = [read_rows(paths[split]) for split in ("train", "test", "valid")]
         report["metrics"] |= bag_of_words(*rows)
         names = {"majority": ("majority", "")} | {name: (name, "") for name in NGRAMS}
