@@ -57,20 +57,18 @@ class LoRALinear(Linear):
         super().__init__(base.in_features, base.out_features, device="meta")
         self.weight, self.bias, self.scale = base.weight, base.bias, alpha / rank
         device = base.weight.device
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=device)
+        self.lora_A = Linear(base.in_features, rank, bias=False, device=device)
+        self.lora_B = Linear(rank, base.out_features, bias=False, device=device)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # as peft: U(+-1/sqrt(in))
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x):
-        if self.off:
-            return super().forward(x)
-        small = F.linear(x, self.lora_A.weight.to(x.dtype))
-        return super().forward(x) + F.linear(self.scale * small, self.lora_B.weight.to(x.dtype))
+        y = super().forward(x)
+        return y if self.off else y + self.lora_B(self.scale * self.lora_A(x))
 
     def merged(self, weight):
         """W + (alpha / rank) B A, summed in float32 and cast once to the dtype of W."""
-        delta = self.scale * self.lora_B.weight.float() @ self.lora_A.weight.float()
+        delta = self.scale * self.lora_B.weight @ self.lora_A.weight
         return (weight.float() + delta.detach().cpu()).to(weight.dtype)
 
 
@@ -346,19 +344,20 @@ class Run:
         return [results[i] for i in range(len(rows))]
 
 
-def load_run(folder, model=None, dtype=None, device=None):
-    """A run folder, or what `merge` made of one -> Run. `model`: the base folder if it has moved.
+def load_run(folder, model=None, dtype=None, device=None, pack=True):
+    """A run folder, or what `merge` made of one -> Run. `model`: the base folder if it has moved;
+    `pack`: for predictions only, see Llama.pack.
     ValueError when the base's fingerprint or the golden row says that this is another model."""
     folder, meta = Path(folder), read_json(Path(folder) / "clsgen.json")
     try:
-        return _load_run(folder, meta, model, dtype, device)
+        return _load_run(folder, meta, model, dtype, device, pack)
     except (KeyError, TypeError, AttributeError) as error:  # some key is gone, or of a wrong type
         raise ValueError(f"{folder / 'clsgen.json'} does not fit: {error!r}") from None
     except (ValueError, OSError) as error:
         raise ValueError(f"{folder}: {error}") from None
 
 
-def _load_run(folder, meta, model, dtype, device):
+def _load_run(folder, meta, model, dtype, device, pack):
     dtype, device = pick(dtype or meta["golden"]["dtype"], device)
     merged = (folder / "score.safetensors").exists()
     base = folder if merged else Path(model or meta["base"])
@@ -370,8 +369,8 @@ def _load_run(folder, meta, model, dtype, device):
     clsgen = CLSGen(llama if merged else add_lora(llama, **meta["lora"])).eval()
     load_adapter(clsgen, folder / ("score.safetensors" if merged else "adapter_model.safetensors"))
     digest = hashlib.sha256((folder / "clsgen.json").read_bytes()).hexdigest()[:12]
-    for parameter in clsgen.parameter_groups()["lora"].values():
-        parameter.data = parameter.to(dtype)  # as its products are: once, not in each of them
+    if pack:
+        llama.pack()
     run = Run(clsgen, Prompts(base, **meta["prompts"]), meta, digest)
     temperature, bias = meta["calibration"]["temperature"], meta["calibration"]["bias"]
     values = meta["scorer"], temperature, bias, meta["threshold"], meta["base_rate"]
@@ -513,7 +512,7 @@ def main(argv=None):
         raise ValueError("; ".join(wrong))
     choose = partial(choose_token, temperature=args.temperature, top_p=args.top_p,
                      generator=torch.Generator().manual_seed(args.seed))
-    run = load_run(args.run, args.model, args.dtype, args.device)
+    run = load_run(args.run, args.model, args.dtype, args.device, pack=not merging)
     if merging:
         merge(run, Path(args.model or run.meta["base"]), args.out)
         print(f"merged model in {args.out}")

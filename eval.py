@@ -545,7 +545,7 @@ def load_scorer(folder, args):
     run = load_run(folder or args.run[0], args.model, args.dtype, args.device)
     if folder:
         return run
-    base = CLSGen(load_llama(args.model, run.llama.norm.weight.dtype, run.device)).eval()
+    base = CLSGen(load_llama(args.model, run.llama.norm.weight.dtype, run.device).pack()).eval()
     prompts = Prompts(args.model, **run.prompts.settings())
     return Run(base, prompts, run.meta | UNFITTED, "zero-shot")
 

@@ -75,7 +75,7 @@ def local_teacher(args):
     question, score(texts) gives each the label-token score, p of class 1."""
     prompts = Prompts(args.model, args.question, args.labels, args.format, args.max_prompt,
                       args.max_answer)
-    teacher = Run(CLSGen(load_llama(args.model, *pick(args.dtype, None))), prompts,
+    teacher = Run(CLSGen(load_llama(args.model, *pick(args.dtype, None)).pack()), prompts,
                   {"scorer": "label_token", "calibration": {"temperature": 1, "bias": 0},
                    "threshold": 0.5})
 

@@ -126,10 +126,10 @@ def predict(args, dtype, what, mode):
     if args.side == "ours":
         llama = load_llama(args.model, dtype, args.device)
         run = Run(CLSGen(llama if explain else add_lora(llama, 16, 32.0)).eval(), prompts, META)
+        more = {"bytes": sum(p.nbytes for p in llama.parameters())} if what == "1" else {}
+        llama.pack()
         if mode == "no_p":
             run._label_token = lambda cache, last, prompt_end: last[:, 0]
-        if what == "1":
-            more = {"bytes": sum(p.nbytes for p in llama.parameters())}
 
         def never_stop(logits):  # both sides write the same number of tokens
             logits[:, prompts.stop_ids] = -torch.inf
@@ -158,13 +158,14 @@ def predict(args, dtype, what, mode):
 
 def start(args, dtype, what, mode):
     """From the command to a first logit, imports and loading included."""
-    load = {"ours": "import model; m = model.load_llama", "theirs": "import transformers; m = "
-            "transformers.AutoModelForSequenceClassification.from_pretrained"}[args.side]
-    code = f"import torch; {load}({str(args.model)!r}, dtype={dtype}); m(torch.arange(100)[None])"
+    load = {"ours": "import model; m = model.load_llama(*it).pack()",
+            "theirs": "from transformers import AutoModelForSequenceClassification as a; "
+                      "m = a.from_pretrained(it[0], dtype=it[1])"}
+    code = (f"import torch; it = {str(args.model)!r}, {dtype}; {load[args.side]}"
+            "; m(torch.arange(99)[None])")
     return lambda: subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True), 1, {}
 
 
-# --- measuring ------------------------------------------------------------------------------------
 def timed(function, tries):
     seconds = []
     for _ in range(tries):

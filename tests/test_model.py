@@ -54,6 +54,21 @@ def test_attention_by_hand_is_pytorchs(size, known):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["tied", "untied", "qwen2"])
+@torch.no_grad()
+def test_packed_weights_give_the_same(name, tmp_path):
+    """Fails if packing loses a bias or the output projection, keeps the plain weights, or touches a
+    model in float32."""
+    write_model(tmp_path, **VARIANTS[name])
+    ids, able = torch.arange(60).view(3, 20) * 6 + 3, torch.cpu.get_capabilities()["avx512_bf16"]
+    for dtype in (torch.bfloat16, torch.float32):
+        plain, packed = load_llama(tmp_path, dtype), load_llama(tmp_path, dtype).pack()
+        due = plain.logits(plain(ids))
+        torch.testing.assert_close(packed.logits(packed(ids)), due, atol=0.02 * due.std(), rtol=0)
+        left = [key for key in dict(packed.named_parameters()) if "proj" in key or "lm_head" in key]
+        assert any(key.endswith(".weight") for key in left) == (dtype == torch.float32 or not able)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 @torch.no_grad()
 def test_logits_equal_transformers_with_and_without_cache(name, tmp_path):
