@@ -49,8 +49,9 @@ def columns(records):
 
 # --- figures: each takes pyplot and gives a figure ------------------------------------------------
 def panels(plt, count, **share):
-    """A figure with a row of square panels (three at most in a row), as a list."""
-    rows, wide = -(-count // 3), min(count, 3)
+    """A figure with square panels (three at most in a row, four in two rows), as a list."""
+    wide = 2 if count == 4 else min(count, 3)
+    rows = -(-count // wide)
     figure, axes = plt.subplots(rows, wide, figsize=(4 * wide + 0.6, 4.2 * rows), squeeze=False,
                                 layout="constrained", **share)
     for unused in axes.flat[count:]:
@@ -119,7 +120,8 @@ def risk(plt, scorers):
             ways += [("text disagrees, then the same", (agree + sure) / 2, LINES[3])]
         for label, confidence, (grey, dashes) in ways:
             share, accuracy, largest = risk_coverage(correct, confidence)
-            axis.plot(share, accuracy, color=grey, linestyle=dashes,
+            some = share >= 0.05  # the accuracy of a handful of rows is noise
+            axis.plot(share[some], accuracy[some], color=grey, linestyle=dashes,
                       label=f"{label}; accuracy .95 for {largest:.0%}")
         axis.set(xlim=(0, 1), xlabel="share of rows decided", ylabel="accuracy among them",
                  title=f"{name}, {len(y)} rows")
@@ -134,7 +136,7 @@ def training(plt, log):
     """Both losses over the steps of a run, and the collapse meter where the log has one."""
     steps = [line for line in log if "bce" in line]
     valid = [{"step": line["step"], **line["valid"]} for line in log if "valid" in line]
-    meter = any("base_kl" in line for line in valid)
+    meter = any(line.get("base_kl") is not None for line in valid)
     figure, axes = plt.subplots(1 + meter, 2, figsize=(9, 3.2 + 3.2 * meter), sharex=True,
                                 squeeze=False, layout="constrained")
 
@@ -156,7 +158,8 @@ def training(plt, log):
         axes[1, 0].set(ylabel="share, in a few texts", ylim=(-0.03, 1.4),
                        yticks=np.linspace(0, 1, 6))
         draw(axes[1, 1], valid, "base_kl", color="black", marker="o", markersize=4, label="base_kl")
-        axes[1, 1].set(ylabel="KL from base, nats a token", ylim=(0, None))
+        top = max(line["base_kl"] for line in valid if line.get("base_kl") is not None)
+        axes[1, 1].set(ylabel="KL from base, nats a token", ylim=(0, 1.2 * top + 1e-3))
     for axis in axes.flat:
         axis.legend(frameon=False, fontsize="small", ncols=2)
     for axis in axes[-1]:
