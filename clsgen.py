@@ -154,6 +154,8 @@ def write_tensors(path, tensors, metadata=None):
 
 def adapter_tensors(model):
     """LoRA and head under peft's names: opens there as SEQ_CLS, or without head as causal LM."""
+    if model.model.packed:
+        raise ValueError("packed for predictions: load_run(..., pack=False) can be saved or merged")
     groups = model.parameter_groups()
     return {PEFT_PREFIX + name: p.detach() for name, p in (groups["lora"] | groups["head"]).items()}
 
@@ -305,6 +307,7 @@ class Run:
         token = self._label_token(cache, last, prompt_end)
         # An LM-only run has no trained head: the label token's score takes its place
         z = token if self.meta["scorer"] == "label_token" else self.model.logit(last)
+        z, token = z.double(), token.double()  # in float32, p is 1 from z = 17 on
         calibration, threshold = self.meta["calibration"], self.meta["threshold"]
         p = torch.sigmoid(z / calibration["temperature"] + calibration["bias"])
         scores = torch.stack((p, z.sigmoid(), token.sigmoid()), 1).tolist()
@@ -392,6 +395,7 @@ def merge(run, base, out):
     """Writes run as a plain Hugging Face folder, in the dtype and the shards that its base has."""
     wrapped = {disk_name(name) + ".weight": module for name, module in run.llama.named_modules()
                if isinstance(module, LoRALinear)}
+    adapter_tensors(run.model)  # raises where they are gone
     if not wrapped:
         raise ValueError("this run is merged already")
     out.mkdir(parents=True)

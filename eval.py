@@ -530,6 +530,8 @@ def parse(argv=None):
     least = min(1 if args.rows is None else args.rows, args.batch, args.draws)
     if least < 1 or (args.explain or 0) < 0:
         raise ValueError("--rows, --batch and --draws must be at least 1, --explain at least 0")
+    if args.valid and not args.model:
+        raise ValueError("--valid is for the base model, of --model; runs are calibrated already")
     if len(set(args.run)) < len(args.run):
         raise ValueError("--run names one folder twice")
     results = args.run[0] / "eval" if len(args.run) == 1 else Path("out")
@@ -541,7 +543,7 @@ def parse(argv=None):
 
 def load_scorer(folder, args):
     """A run; folder None: the base model, zero-shot, with the first run's prompts. It answers by
-    its label-token score, as it is: without calibration and threshold."""
+    its label-token score; `evaluate` calibrates that on --valid."""
     run = load_run(folder or args.run[0], args.model, args.dtype, args.device)
     if folder:
         return run

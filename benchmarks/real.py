@@ -2,7 +2,7 @@
 
     python benchmarks/real.py discharge                   # into runs/real, then results/*.json
     python benchmarks/real.py esnli --folder data/esnli   # its train.jsonl; valid.jsonl as the test
-    python benchmarks/real.py discharge --sweep .1 1 3    # LM weights, on the validation rows only
+    python benchmarks/real.py discharge --sweep 0.1 1 3   # LM weights, on the validation rows only
 
 Scorers: majority, bag of words, the base model zero-shot, LM-only, cls-only and CLSGen, on the same
 rows, all calibrated on the same validation rows. What is there already is not done again, and a
@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -46,8 +47,8 @@ DATA = {
 
 # --- rows -----------------------------------------------------------------------------------------
 def conclusion(text):
-    """What an abstract itself concludes: what follows its last "Conclusions:", up to the next
-    heading; or its last sentence, also where that is over 80 words."""
+    """What an abstract itself concludes, cut to 80 words: what follows its last "Conclusions:", up
+    to the next heading; where that is missing or longer, the last sentence."""
     text = re.split(r"\s(?:clinical )?trials? registration", text, flags=re.IGNORECASE)[0]
     parts = re.split(r"(?:CONCLUSIONS?|INTERPRETATION)[ /A-Z]*:", text, flags=re.IGNORECASE)
     found = re.split(r"\n[A-Z ]{4,}:", parts[-1])[0].strip() if len(parts) > 1 else ""
@@ -85,16 +86,23 @@ def prepare(name, folder, work):
 
 
 # --- work -----------------------------------------------------------------------------------------
-def cost(path, command):
-    """Runs one of our commands -> {"command", "seconds", "peak_memory_gb"}, kept in `path`; what is
-    there is not done again. Time adds up over the parts of a stopped run."""
+def cost(path, command, resume=None):
+    """Runs one of our commands (`resume`: the same, going on) -> {"command", "seconds",
+    "peak_memory_gb"}, kept in `path`; what is there is not done again. Time adds up over the parts
+    of a stopped run, but for one that was killed together with this script."""
     command = [str(word) for word in command]
     before = read_json(path) if path.exists() else {"seconds": 0.0, "peak_memory_gb": 0.0}
+    if before.get("command", shlex.join(command)) != shlex.join(command):
+        print(f"warning: {path} is of another command:\n  {before['command']}")
     if before.get("status") == 0:
         return before
-    print("\npython", shlex.join(command), flush=True)
-    start, process = time.perf_counter(), subprocess.Popen([sys.executable, *command])
-    _, status, usage = os.wait4(process.pid, 0)
+    words = list(map(str, resume or command))
+    print("\npython", shlex.join(words), flush=True)
+    start, process = time.perf_counter(), subprocess.Popen([sys.executable, *words])
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+    except KeyboardInterrupt:  # the process has got it too, and saves
+        _, status, usage = os.wait4(process.pid, 0)
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
     result = {"command": shlex.join(command), "status": status,
               "seconds": before["seconds"] + time.perf_counter() - start,
@@ -112,15 +120,15 @@ def train(name, run, paths, args):
     command = ["train.py", "--data", paths["train"], "--valid", paths["valid"], "--model",
                args.model, "--question", DATA[name]["question"], *DATA[name]["flags"].split(),
                *flags.split(), "--out", out]
-    if (out / "resume" / "state.safetensors").exists():
-        command = ["train.py", "--resume", out]
-    return cost(args.work / f"{name}-{run}.cost.json", command)
+    stopped = (out / "resume" / "state.safetensors").exists()
+    resume = ["train.py", "--resume", out] if stopped else None
+    return cost(args.work / f"{name}-{run}.cost.json", command, resume)
 
 
 def evaluate(name, runs, split, more, paths, args):
     """(eval.json of some runs on the rows of a split, its cost)"""
     out = args.work / "-".join([name, split, *runs])
-    command = ["eval.py", "--data", paths[split], *more, "--out", out]
+    command = ["eval.py", "--data", paths[split], *more, "--out", out, "--overwrite"]
     for run in runs:
         command += ["--run", args.work / f"{name}-{run}"]
     took = cost(out.with_name(f"{out.name}.cost.json"), command)
@@ -193,8 +201,10 @@ def main(argv=None):
         names |= {"zero-shot": ("zero-shot label token", "")}
     names |= {"LM-only": scorer("lm")}
     names |= {} if args.sweep else {"cls-only": scorer("cls"), "CLSGen": scorer(args.weight)}
-    report |= {"costs": costs, "cpus": os.cpu_count(),
-               "processor": platform.processor() or platform.machine()}
+    with open(args.work / f"{args.name}-{runs[0]}" / "log.jsonl", encoding="utf-8") as file:
+        threads = json.loads(next(file))["config"]["threads"]
+    report |= {"costs": costs, "cpus": os.cpu_count(), "threads": threads,
+               "processor": torch.cpu.get_capabilities().get("cpu_name", platform.processor())}
     write_json(args.out / f"real_{args.name}{'_sweep' * bool(args.sweep)}.json", report)
     print_tables(report["metrics"])
     markdown(report, names)

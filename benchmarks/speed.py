@@ -223,7 +223,7 @@ def main(argv=None):
              "processor": platform.processor() or platform.machine(),
              "base_sha256": base_fingerprint(args.model)}
     results = {}
-    print(f"{'case':25}{'ours':>8}{'theirs':>8}{'ratio':>6}  {'unit':9} peak GB      of the peak")
+    print(f"{'case':25}{'ours':>8}{'theirs':>8}{'ratio':>6}  {'unit':9} peak GiB     of the peak")
     for case in (case for case in args.cases if args.clinifact or "clinifact" not in case):
         found = {side: [] for side in (["ours"] if "-" in case else ["ours", "theirs"])}
         for side in [*found] * args.rounds:

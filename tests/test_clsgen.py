@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from clsgen import (TARGETS, CLSGen, Run, add_lora, choose_token, joint_loss, load_run, main, merge,
-                    write_atomically)
+from clsgen import (TARGETS, CLSGen, Run, adapter_tensors, add_lora, choose_token, joint_loss,
+                    load_run, main, merge, write_atomically)
 from data import Example, Prompts, collate, encode_rows, printable
 from model import load_llama
 
@@ -370,6 +370,15 @@ def test_a_stopped_prediction_goes_on_from_any_byte(rows, run, tmp_path, monkeyp
         assert out.read_bytes() == due and not part.exists()
         assert len(calls) - 3 == 5 - (begun[:size].count(b"\n") - 1) // 8, "chunks of 8 still to do"
         out.unlink()
+
+
+def test_a_packed_run_is_not_saved(tiny):
+    """Fails if a run without its LoRA weights, packed for predictions, is written as if whole."""
+    model = CLSGen(add_lora(load_llama(tiny, torch.bfloat16), 4, 8.0))
+    assert len(adapter_tensors(model)) == 29
+    if model.model.pack().packed:  # not on every processor
+        with pytest.raises(ValueError, match="pack=False"):
+            adapter_tensors(model)
 
 
 @pytest.mark.parametrize("change", [

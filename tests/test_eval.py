@@ -457,7 +457,8 @@ def test_rows_explain_and_the_results_folder(runs, rows_file, capsys):
     assert [one["id"] for one in predictions] == [f"r{i}" for i in order]
     assert [one["explanation"] is not None for one in predictions] == [True] * 10 + [False] * 20
     assert f"{report['metrics']['raw']['auroc']:.3f} [" in capsys.readouterr().out
-    for more, reason in (("", "--overwrite"), ("--rows 0", "least"), ("--explain -1", "least"),
+    for more, reason in (("--valid x", "--model"), ("", "--overwrite"), ("--rows 0", "least"),
+                         ("--explain -1", "least"),
                          ("--batch 0", "least"), ("--draws 0", "least"), (" ".join(call[:2]),
                          "twice"), ("--overwrite --run nowhere", "nowhere")):
         with pytest.raises(ValueError, match=reason):
@@ -546,6 +547,6 @@ def test_real_results(tiny, rows, tmp_path, monkeypatch, capsys):
     before, took = weights.read_bytes(), report["costs"]
     real.main(call)
     again = json.loads((tmp_path / "real_tiny.json").read_text())["costs"]
-    assert again["cls"]["seconds"] > 1000 and "--resume" in again["cls"]["command"]
+    assert again["cls"]["seconds"] > 1000 and "--resume" in capsys.readouterr().out
     assert again == took | {"cls": again["cls"]}  # the others were not run again
     assert weights.read_bytes() == before
