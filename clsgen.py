@@ -349,8 +349,8 @@ class Run:
 
 def load_run(folder, model=None, dtype=None, device=None, pack=True):
     """A run folder, or what `merge` made of one -> Run. `model`: the base folder if it has moved;
-    `pack`: for predictions only, see Llama.pack.
-    ValueError when the base's fingerprint or the golden row says that this is another model."""
+    `pack`: for predictions only, see Llama.pack. ValueError when the base's fingerprint or the
+    golden row says that this is another model."""
     folder, meta = Path(folder), read_json(Path(folder) / "clsgen.json")
     try:
         return _load_run(folder, meta, model, dtype, device, pack)

@@ -153,6 +153,10 @@ def corp(y, p):
     return brier(y, p) - recalibrated, uncertainty - recalibrated, uncertainty
 
 
+def sigmoid(z):
+    return (1 + np.tanh(np.asarray(z) / 2)) / 2  # cannot overflow
+
+
 def calibration_slope(y, p):
     """(slope, intercept) of a logistic regression of y on logit(p) (Cox 1958); (1, 0) is ideal and
     a slope under 1 overconfident. p is clipped to [1e-7, 1 - 1e-7]. Where one cut of p parts the
@@ -175,10 +179,6 @@ def calibration_slope(y, p):
         if np.abs(step).max() <= 1e-10 * (1 + np.abs(weights).max()):
             break
     return float(weights[0]), float(weights[1])
-
-
-def sigmoid(z):
-    return (1 + np.tanh(np.asarray(z) / 2)) / 2  # cannot overflow
 
 
 def calibrate(y, z):

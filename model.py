@@ -117,6 +117,13 @@ class LlamaConfig:
 
 
 # --- the layers -----------------------------------------------------------------------------------
+def linear(x, weight, bias=None, packed=None):
+    """x W^T + b in the dtype of x; `packed` is W as Llama.pack laid it out."""
+    if packed is None:  # only LoRA's weights are of another dtype
+        return F.linear(x, weight.to(x.dtype), bias)
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
 class Linear(nn.Linear):
     """x W^T + b without initial values: the checkpoint has them, and drawing them takes seconds."""
 
@@ -127,13 +134,6 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         return linear(x, self.weight, self.bias, self.packed)
-
-
-def linear(x, weight, bias=None, packed=None):
-    """x W^T + b in the dtype of x; `packed` is W as Llama.pack laid it out."""
-    if packed is None:  # only LoRA's weights are of another dtype
-        return F.linear(x, weight.to(x.dtype), bias)
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 class RMSNorm(nn.Module):

@@ -138,12 +138,10 @@ def evaluate(name, runs, split, more, paths, args):
 # --- tables ---------------------------------------------------------------------------------------
 def markdown(report, names):
     """Two tables for a README out of eval.json and costs: probability, then text and cost."""
-    costs, none = report["costs"], {"seconds": None, "peak_memory_gb": None}
-
     def cell(one, *keys):
         """The first value, in brackets its interval or the other values."""
         values = [one.get(key) for key in keys]
-        values += one["intervals"].get(keys[0], ()) if len(keys) == 1 and "intervals" in one else ()
+        values += one["intervals"].get(keys[0], ()) if len(keys) == 1 else ()
         first, *more = ["" if value is None else f"{value:.3f}".lstrip("0") for value in values]
         return first + f" [{', '.join(more)}]" * any(more)
 
@@ -153,13 +151,13 @@ def markdown(report, names):
         {"alignment": "auroc_alignment", "kappa": "kappa", "states a label": "parsable",
          "distinct-2": "distinct_2", "rep-4": "rep_4", "reference NLL": "reference_nll",
          "KL from base": "base_kl"}):
-        cost = ["minutes", "GB"] * ("AUROC" not in columns)
-        print(f"\n| | {' | '.join([*columns, *cost])} |")
-        print(f"|{'---|' * (1 + len(columns) + len(cost))}")
+        more = ["minutes", "GB"] * ("AUROC" not in columns)
+        print(f"\n| | {' | '.join([*columns, *more])} |")
+        print(f"|{'---|' * (1 + len(columns) + len(more))}")
         for title, (scorer, run) in names.items():
-            one, took = report["metrics"][scorer], costs.get(run, none)
+            one, took = report["metrics"][scorer], report["costs"].get(run)
             cells = [cell(one, *keys.split()) for keys in columns.values()]
-            if cost and took["seconds"]:
+            if more and took:
                 cells += [f"{took['seconds'] / 60:.0f}", f"{took['peak_memory_gb']:.1f}"]
             if any(cells):
                 print(f"| {title} | {' | '.join(cells)} |")

@@ -458,9 +458,8 @@ def test_rows_explain_and_the_results_folder(runs, rows_file, capsys):
     assert [one["explanation"] is not None for one in predictions] == [True] * 10 + [False] * 20
     assert f"{report['metrics']['raw']['auroc']:.3f} [" in capsys.readouterr().out
     for more, reason in (("--valid x", "--model"), ("", "--overwrite"), ("--rows 0", "least"),
-                         ("--explain -1", "least"),
-                         ("--batch 0", "least"), ("--draws 0", "least"), (" ".join(call[:2]),
-                         "twice"), ("--overwrite --run nowhere", "nowhere")):
+                         ("--explain -1", "least"), ("--batch 0", "least"), ("--draws 0", "least"),
+                         (" ".join(call[:2]), "twice"), ("--overwrite --run nowhere", "nowhere")):
         with pytest.raises(ValueError, match=reason):
             ev.main([*call, *more.split()])
 
