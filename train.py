@@ -440,6 +440,8 @@ def main(argv=None):
             if due := step % every == 0 or step == steps:
                 measured, z = validate(model, valid, device, 4 * args.micro_batch)
                 measured |= watch_text(model, prompts, few, 4 * args.micro_batch)
+                if not args.cls_weight:  # the head does not train: no number of it says anything
+                    measured |= {"bce": None, "auroc": None}
                 print(json.dumps({"step": step, "valid": measured}), file=log, flush=True)
                 bar.write(f"step {step}: validation " + "  ".join(
                     f"{name} {measured[name]:.4f}" for name in ("bce", "lm", "auroc", "base_kl")

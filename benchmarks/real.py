@@ -163,14 +163,22 @@ def markdown(report, names):
                 print(f"| {title} | {' | '.join(cells)} |")
 
 
+def weight(text):
+    """A flag's LM weight, as it was written: it names the run's folder."""
+    if not 0 < float(text) < float("inf"):
+        raise ValueError(text)
+    return text
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("name", choices=DATA, help="data set")
     add("--folder", type=Path, help="of its train.jsonl and valid.jsonl; discharge is bundled")
     add("--model", type=Path, default=Path("models/smollm2-135m"), help="folder of the base")
-    add("--weight", default="1", help="LM weight of CLSGen")
-    add("--sweep", nargs="+", metavar="WEIGHT", help="LM weights beside 0, on validation rows")
+    add("--weight", type=weight, default="1", help="LM weight of CLSGen")
+    add("--sweep", nargs="+", type=weight, metavar="WEIGHT",
+        help="LM weights beside 0, on validation rows")
     add("--work", type=Path, default=Path("runs/real"), help="folder of the runs")
     add("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON")
     args = parser.parse_args(argv)

@@ -88,6 +88,8 @@ def test_the_baselines_are_the_same_loop(tiny, rows, tmp_path, weight, scorer):
     meta = json.loads((tmp_path / "run" / "clsgen.json").read_text())
     assert meta["scorer"] == scorer
     steps = [line for line in log_of(tmp_path / "run") if "bce" in line]
+    measured = [line["valid"]["auroc"] for line in log_of(tmp_path / "run") if "valid" in line]
+    assert measured and all((auroc is None) == (scorer == "label_token") for auroc in measured)
     if scorer == "head":
         assert {line["lm"] for line in steps} == {0.0} and steps[-1]["bce"] < steps[0]["bce"]
     else:
