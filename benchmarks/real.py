@@ -135,14 +135,26 @@ def evaluate(name, runs, split, more, paths, args):
     return read_json(out / "eval.json"), took
 
 
+def last_validation(folder, run):
+    """What train.py measured on all validation rows after its last step; nothing is fitted there.
+    Of an LM-only run the text alone: its head did not train."""
+    with open(folder / "log.jsonl", encoding="utf-8") as file:
+        *_, last = (line["valid"] for line in map(json.loads, file) if "valid" in line)
+    return {key: value for key, value in last.items() if run != "lm" or key not in ("bce", "auroc")}
+
+
 # --- tables ---------------------------------------------------------------------------------------
+def number(value):
+    return "" if value is None else f"{value:.3f}".lstrip("0")
+
+
 def markdown(report, names):
     """Two tables for a README out of eval.json and costs: probability, then text and cost."""
     def cell(one, *keys):
         """The first value, in brackets its interval or the other values."""
         values = [one.get(key) for key in keys]
         values += one["intervals"].get(keys[0], ()) if len(keys) == 1 else ()
-        first, *more = ["" if value is None else f"{value:.3f}".lstrip("0") for value in values]
+        first, *more = map(number, values)
         return first + f" [{', '.join(more)}]" * any(more)
 
     for columns in (
@@ -178,7 +190,7 @@ def main(argv=None):
     add("--model", type=Path, default=Path("models/smollm2-135m"), help="folder of the base")
     add("--weight", type=weight, default="1", help="LM weight of CLSGen")
     add("--sweep", nargs="+", type=weight, metavar="WEIGHT",
-        help="LM weights beside 0, on validation rows")
+        help="LM weights beside 0, on validation rows; reads no test row")
     add("--work", type=Path, default=Path("runs/real"), help="folder of the runs")
     add("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON")
     args = parser.parse_args(argv)
@@ -186,34 +198,35 @@ def main(argv=None):
     paths = prepare(args.name, args.folder, args.work)
     runs = ["cls", *args.sweep, "lm"] if args.sweep else [args.weight, "cls", "lm"]
     costs = {run: train(args.name, run, paths, args) for run in runs}
-
-    def scorer(run):
-        return f"{args.work / args.name}-{run} {'label token' if run == 'lm' else 'head'}", run
-
-    if args.sweep:
-        report, costs["eval"] = evaluate(args.name, runs, "valid", [], paths, args)
-        names = {f"LM weight {0 if run == 'cls' else run}": scorer(run) for run in runs[:-1]}
-    else:
-        more = ["--model", args.model, "--valid", paths["valid"]]
-        report, costs["eval"] = evaluate(args.name, runs, "test", more, paths, args)
-        rows = [read_rows(paths[split]) for split in ("train", "test", "valid")]
-        report["metrics"] |= bag_of_words(*rows)
-        names = {"majority": ("majority", "")} | {name: (name, "") for name in NGRAMS}
-        if args.name == "esnli":
-            found = bag_of_words(*(list(map(hypothesis, part)) for part in rows))
-            found = {f"{name}, hypothesis only": metrics for name, metrics in found.items()}
-            report["metrics"] |= found
-            names |= {name: (name, "") for name in found}
-        names |= {"zero-shot": ("zero-shot label token", "")}
-    names |= {"LM-only": scorer("lm")}
-    names |= {} if args.sweep else {"cls-only": scorer("cls"), "CLSGen": scorer(args.weight)}
-    with open(args.work / f"{args.name}-{runs[0]}" / "log.jsonl", encoding="utf-8") as file:
+    folders = {run: args.work / f"{args.name}-{run}" for run in runs}
+    with open(folders[runs[0]] / "log.jsonl", encoding="utf-8") as file:
         threads = json.loads(next(file))["config"]["threads"]
-    report |= {"costs": costs, "cpus": os.cpu_count(), "threads": threads,
-               "processor": torch.cpu.get_capabilities().get("cpu_name", platform.processor())}
-    write_json(args.out / f"real_{args.name}{'_sweep' * bool(args.sweep)}.json", report)
+    about = {"costs": costs, "cpus": os.cpu_count(), "threads": threads,
+             "processor": torch.cpu.get_capabilities().get("cpu_name", platform.processor())}
+    if args.sweep:
+        found = {run: last_validation(folder, run) for run, folder in folders.items()}
+        write_json(args.out / f"real_{args.name}_sweep.json", {"validation": found} | about)
+        print("\n| LM weight | AUROC | log loss, raw | text NLL |\n|---|---|---|---|")
+        for run, one in found.items():
+            print("|", " | ".join([{"cls": "0", "lm": "LM-only"}.get(run, run), *map(number, (
+                one.get(key) for key in ("auroc", "bce", "lm")))]), "|")
+        return
+    more = ["--model", args.model, "--valid", paths["valid"]]
+    report, costs["eval"] = evaluate(args.name, runs, "test", more, paths, args)
+    rows = [read_rows(paths[split]) for split in ("train", "test", "valid")]
+    report["metrics"] |= bag_of_words(*rows)
+    names = {"majority": ("majority", "")} | {name: (name, "") for name in NGRAMS}
+    if args.name == "esnli":
+        found = bag_of_words(*(list(map(hypothesis, part)) for part in rows))
+        found = {f"{name}, hypothesis only": metrics for name, metrics in found.items()}
+        report["metrics"] |= found
+        names |= {name: (name, "") for name in found}
+    names |= {"zero-shot": ("zero-shot label token", "")}
+    names |= {title: (f"{folders[run]} {'label token' if run == 'lm' else 'head'}", run)
+              for title, run in (("LM-only", "lm"), ("cls-only", "cls"), ("CLSGen", args.weight))}
+    write_json(args.out / f"real_{args.name}.json", report | about)
     print_tables(report["metrics"])
-    markdown(report, names)
+    markdown(report | about, names)
 
 
 if __name__ == "__main__":

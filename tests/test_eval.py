@@ -522,7 +522,7 @@ def test_figures(runs, tmp_path, monkeypatch):
 
 def test_real_results(tiny, rows, tmp_path, monkeypatch, capsys):
     """Fails if a scorer is missing, if test or validation rows are trained on, if work that is done
-    is done again, or if a stopped training starts anew."""
+    is done again, if a stopped training starts anew, or if a sweep reports other numbers."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setitem(real.DATA, "tiny", {"question": "Is it bad?", "held": 0.3, "rows": 20,
                                             "flags": "--epochs 2 --max-answer 12 --rank 2"})
@@ -549,3 +549,12 @@ def test_real_results(tiny, rows, tmp_path, monkeypatch, capsys):
     assert again["cls"]["seconds"] > 1000 and "--resume" in capsys.readouterr().out
     assert again == took | {"cls": again["cls"]}  # the others were not run again
     assert weights.read_bytes() == before
+
+    real.main([*call, "--sweep", "1"])  # only reads: all is there
+    swept = json.loads((tmp_path / "real_tiny_sweep.json").read_text())
+    lines = (work / "tiny-1" / "log.jsonl").read_text().splitlines()
+    assert swept["validation"]["1"] == json.loads(lines[-1])["valid"]
+    assert swept["validation"]["lm"]["lm"] > 0 and "auroc" not in swept["validation"]["lm"]
+    assert "| LM-only |  |  | " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        real.main([*call, "--sweep", "-1"])
