@@ -56,9 +56,8 @@ class LoRALinear(Linear):
     def __init__(self, base, rank, alpha):
         super().__init__(base.in_features, base.out_features, device="meta")
         self.weight, self.bias, self.scale = base.weight, base.bias, alpha / rank
-        device = base.weight.device
-        self.lora_A = Linear(base.in_features, rank, bias=False, device=device)
-        self.lora_B = Linear(rank, base.out_features, bias=False, device=device)
+        self.lora_A = Linear(base.in_features, rank, bias=False, device=base.weight.device)
+        self.lora_B = Linear(rank, base.out_features, bias=False, device=base.weight.device)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # as peft: U(+-1/sqrt(in))
         nn.init.zeros_(self.lora_B.weight)
 
@@ -304,10 +303,9 @@ class Run:
         cache = self.llama.new_cache(len(examples), batch.input_ids.shape[1] + room)
         hidden, prompt_end = self.llama(batch.input_ids, cache), batch.prompt_end
         last = hidden[torch.arange(len(examples)), prompt_end]  # (B, D)
-        token = self._label_token(cache, last, prompt_end)
+        token = self._label_token(cache, last, prompt_end).double()  # float32: p is 1 from z = 17
         # An LM-only run has no trained head: the label token's score takes its place
-        z = token if self.meta["scorer"] == "label_token" else self.model.logit(last)
-        z, token = z.double(), token.double()  # in float32, p is 1 from z = 17 on
+        z = token if self.meta["scorer"] == "label_token" else self.model.logit(last).double()
         calibration, threshold = self.meta["calibration"], self.meta["threshold"]
         p = torch.sigmoid(z / calibration["temperature"] + calibration["bias"])
         scores = torch.stack((p, z.sigmoid(), token.sigmoid()), 1).tolist()
@@ -320,8 +318,7 @@ class Run:
         } for example, (p, raw, token) in zip(examples, scores, strict=True)]
         yield records
         if explain:
-            decided = [prompts.label_ids[record["label"]] for record in records]
-            forced = decided if decide == "head" else ()
+            forced = [prompts.label_ids[one["label"]] for one in records if decide == "head"]
             yield from self._decode(cache, last, prompt_end, choose, forced)
 
     def predict(self, rows, explain=True, batch_size=16, decide="text", choose=choose_token,
@@ -395,7 +392,7 @@ def merge(run, base, out):
     """Writes run as a plain Hugging Face folder, in the dtype and the shards that its base has."""
     wrapped = {disk_name(name) + ".weight": module for name, module in run.llama.named_modules()
                if isinstance(module, LoRALinear)}
-    adapter_tensors(run.model)  # raises where they are gone
+    score = {name: t for name, t in adapter_tensors(run.model).items() if ".score." in name}
     if not wrapped:
         raise ValueError("this run is merged already")
     out.mkdir(parents=True)
@@ -407,7 +404,7 @@ def merge(run, base, out):
     for path in base.iterdir():  # config, tokenizer, index, chat template
         if path.suffix in (".json", ".model", ".jinja", ".txt"):
             shutil.copyfile(path, out / path.name)
-    write_tensors(out / "score.safetensors", {PEFT_PREFIX + "score.weight": run.model.score.weight})
+    write_tensors(out / "score.safetensors", score)
     merged = CLSGen(load_llama(out, run.llama.norm.weight.dtype, run.device))
     merged.score = run.model.score
     meta = {"base": str(out), "base_fingerprint": base_fingerprint(out)}

@@ -126,7 +126,6 @@ def linear(x, weight, bias=None, packed=None):
 
 class Linear(nn.Linear):
     """x W^T + b without initial values: the checkpoint has them, and drawing them takes seconds."""
-
     packed = None  # by Llama.pack
 
     def reset_parameters(self):
@@ -250,8 +249,7 @@ class Llama(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.checkpointing, self.packed = config, False, False
-        self.packed_head = None
+        self.config, self.checkpointing, self.packed, self.packed_head = config, False, False, None
         embedding = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))

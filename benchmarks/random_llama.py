@@ -9,18 +9,16 @@ Llama-3.1-8B.
 """
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from clsgen import run_main  # noqa: E402
+from clsgen import run_main, write_json, write_tensors  # noqa: E402
 from model import Llama, LlamaConfig, disk_name  # noqa: E402
 
 ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -50,8 +48,7 @@ def main(argv=None):
     with torch.device("meta"):
         named = dict(Llama(LlamaConfig.from_dict(config)).named_parameters())
     args.out.mkdir(parents=True)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(args.tokenizer / name, args.out / name)
+    shutil.copyfile(args.tokenizer / "tokenizer.json", args.out / "tokenizer.json")
     torch.manual_seed(0)
     files = {}  # file -> the names of its tensors: a layer's, or those outside all layers
     for name in named:
@@ -61,12 +58,10 @@ def main(argv=None):
         tensors = {name: torch.empty(named[name].shape, dtype=torch.bfloat16) for name in names}
         for name, tensor in tensors.items():
             tensor.fill_(1) if "norm" in name else tensor.normal_(std=0.02)
-        tensors = {disk_name(name): tensor for name, tensor in tensors.items()}
-        save_file(tensors, args.out / file, {"format": "pt"})
+        write_tensors(args.out / file, {disk_name(name): one for name, one in tensors.items()})
     weight_map = {disk_name(name): file for file, names in files.items() for name in names}
-    index = {"metadata": {}, "weight_map": weight_map}
-    for name, value in (("model.safetensors.index.json", index), ("config.json", config)):
-        (args.out / name).write_text(json.dumps(value, indent=1), encoding="utf-8")
+    write_json(args.out / "model.safetensors.index.json", {"weight_map": weight_map})
+    write_json(args.out / "config.json", config)  # last: without it nothing loads
     print(f"{sum(map(torch.Tensor.numel, named.values())):,} random weights in {args.out}")
 
 

@@ -125,22 +125,22 @@ def train(name, run, paths, args):
     return cost(args.work / f"{name}-{run}.cost.json", command, resume)
 
 
-def evaluate(name, runs, split, more, paths, args):
-    """(eval.json of some runs on the rows of a split, its cost)"""
-    out = args.work / "-".join([name, split, *runs])
-    command = ["eval.py", "--data", paths[split], *more, "--out", out, "--overwrite"]
+def evaluate(name, runs, paths, args):
+    """(eval.json of some runs and the base model on the test rows, its cost)"""
+    out = args.work / "-".join([name, "test", *runs])
+    command = ["eval.py", "--data", paths["test"], "--model", args.model, "--valid", paths["valid"],
+               "--out", out, "--overwrite"]
     for run in runs:
         command += ["--run", args.work / f"{name}-{run}"]
     took = cost(out.with_name(f"{out.name}.cost.json"), command)
     return read_json(out / "eval.json"), took
 
 
-def last_validation(folder, run):
-    """What train.py measured on all validation rows after its last step; nothing is fitted there.
-    Of an LM-only run the text alone: its head did not train."""
+def last_validation(folder):
+    """What train.py measured on all validation rows after its last step, nothing fitted."""
     with open(folder / "log.jsonl", encoding="utf-8") as file:
         *_, last = (line["valid"] for line in map(json.loads, file) if "valid" in line)
-    return {key: value for key, value in last.items() if run != "lm" or key not in ("bce", "auroc")}
+    return last
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -204,15 +204,14 @@ def main(argv=None):
     about = {"costs": costs, "cpus": os.cpu_count(), "threads": threads,
              "processor": torch.cpu.get_capabilities().get("cpu_name", platform.processor())}
     if args.sweep:
-        found = {run: last_validation(folder, run) for run, folder in folders.items()}
+        found = {run: last_validation(folder) for run, folder in folders.items()}
         write_json(args.out / f"real_{args.name}_sweep.json", {"validation": found} | about)
         print("\n| LM weight | AUROC | log loss, raw | text NLL |\n|---|---|---|---|")
         for run, one in found.items():
             print("|", " | ".join([{"cls": "0", "lm": "LM-only"}.get(run, run), *map(number, (
                 one.get(key) for key in ("auroc", "bce", "lm")))]), "|")
         return
-    more = ["--model", args.model, "--valid", paths["valid"]]
-    report, costs["eval"] = evaluate(args.name, runs, "test", more, paths, args)
+    report, costs["eval"] = evaluate(args.name, runs, paths, args)
     rows = [read_rows(paths[split]) for split in ("train", "test", "valid")]
     report["metrics"] |= bag_of_words(*rows)
     names = {"majority": ("majority", "")} | {name: (name, "") for name in NGRAMS}

@@ -1,7 +1,7 @@
 """Speed and memory beside transformers and peft doing the same work, in the order A B A B.
 
     python benchmarks/speed.py                             # all cases, over half an hour on 2 cores
-    python benchmarks/speed.py --cases train/512 explain/1 --out out/speed.json
+    python benchmarks/speed.py --cases train/4x512 explain/1 --out out/speed.json
 
 Every measurement is a process of its own, so that its peak memory is its own. The peer: the same
 rows, dtype and LoRA (rank 16 on all seven projections, by peft), transformers' SDPA attention. It
@@ -33,10 +33,10 @@ from model import load_llama  # noqa: E402
 from train import micro_batches  # noqa: E402
 
 CASES = (  # those with a dash have no peer: one of the two losses, checkpointing, no p
-    "train/512 train/512-lm train/512-cls train/discharge train/clinifact train/2048-checkpointing"
-    " train/8192-checkpointing probability/discharge probability/clinifact explain/1 explain/8"
-    " explain/8-no_p explain/32 start/load").split()
-MORE = "train/4096-checkpointing train/4x2048 train/8x4096-checkpointing".split()  # x: for a GPU
+    "start/load train/4x512 train/4x512-lm train/4x512-cls train/discharge train/clinifact"
+    " train/1x2048-checkpointing train/1x4096-checkpointing train/1x8192-checkpointing explain/1"
+    " probability/discharge probability/clinifact explain/8 explain/8-no_p explain/32").split()
+FOR_GPU = ["train/4x2048", "train/8x4096-checkpointing"]
 UNITS = {"train": "tokens/s", "probability": "rows/s", "explain": "tokens/s", "start": "starts/s"}
 NEW_TOKENS, MICRO = 48, 4
 META = {"scorer": "head", "calibration": {"temperature": 1.0, "bias": 0.0}, "threshold": 0.5}
@@ -57,9 +57,7 @@ def real_rows(args, name, count):
 def training_rows(args, what):
     """A step's rows as micro-batches, ours sorted by length; or rows of random tokens of a size."""
     if what[0].isdecimal():
-        count, _, length = what.rpartition("x")
-        count = int(count or {"512": MICRO}.get(what, 1))
-        ids = torch.randint(10, 40000, (count, int(length))).tolist()
+        ids = torch.randint(10, 40000, tuple(map(int, what.split("x")))).tolist()
         return [[Example(i, x[:-112], x[-112:], i % 2, 0) for i, x in enumerate(ids)]]
     examples = real_rows(args, what, 32 if what == "discharge" else 16)[2]
     plain = [examples[i : i + MICRO] for i in range(0, len(examples), MICRO)]
@@ -194,10 +192,9 @@ def measure(args):
     cuda, memory = device.type == "cuda", resource.getrusage(who).ru_maxrss * 1024
     memory = torch.cuda.max_memory_allocated() if cuda else memory
     # What the hardware does at best: products of square matrices, reading memory
-    size = 2**14 if cuda else 2**12
-    a = torch.randn(size, size, device=device).to(dtype)
+    a = torch.randn([2**14 if cuda else 2**12] * 2, device=device).to(dtype)
     b = torch.zeros(2**25, dtype=torch.int64, device=device)
-    peaks = {"flop": 2 * size**3 / min(timed(lambda: a @ a, 5)),
+    peaks = {"flop": 2 * len(a) ** 3 / min(timed(lambda: a @ a, 5)),
              "bytes": b.nbytes / min(timed(b.max, 10))}
     rate = count / statistics.median(seconds)
     shares = [value * rate / peaks[name] for name, value in more.items()]
@@ -209,7 +206,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", type=Path, default=ROOT / "models" / "smollm2-135m", help="folder of the base")
-    add("--cases", nargs="+", default=CASES, choices=CASES + MORE, metavar="CASE", help="which")
+    add("--cases", nargs="+", default=CASES, choices=CASES + FOR_GPU, metavar="CASE", help="which")
     add("--rounds", type=int, default=2, help="A B, so many times")
     add("--repeats", type=int, default=2, help="of the work in one process, after one to warm up")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])

@@ -17,11 +17,12 @@ import eval as ev  # tests reach private names too
 import train
 from clsgen import TARGETS, CLSGen, LoRALinear, Run, add_lora, base_fingerprint, load_run
 from data import Prompts, read_rows
-from model import load_llama
+from model import Llama, LlamaConfig, load_llama
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import comprehensiveness as comp  # noqa: E402
 import figures  # noqa: E402
+import random_llama  # noqa: E402
 import real  # noqa: E402
 
 EXTREMES = np.array([0.0, 1.0, 5e-324, 1e-300, 1e-16, 1 - 1e-16, 0.5, np.nextafter(0.5, 1)])
@@ -554,7 +555,27 @@ def test_real_results(tiny, rows, tmp_path, monkeypatch, capsys):
     swept = json.loads((tmp_path / "real_tiny_sweep.json").read_text())
     lines = (work / "tiny-1" / "log.jsonl").read_text().splitlines()
     assert swept["validation"]["1"] == json.loads(lines[-1])["valid"]
-    assert swept["validation"]["lm"]["lm"] > 0 and "auroc" not in swept["validation"]["lm"]
+    assert swept["validation"]["lm"]["lm"] > 0 and swept["validation"]["lm"]["auroc"] is None
     assert "| LM-only |  |  | " in capsys.readouterr().out
     with pytest.raises(SystemExit):
         real.main([*call, "--sweep", "-1"])
+
+
+def test_random_llama(tiny, tmp_path, monkeypatch):
+    """Fails if a shape is not the published one, if a tensor is left empty, if the folder does not
+    load as any other, or if one that is there is written over."""
+    for name, count in (("1b", 1_235_814_400), ("8b", 8_030_261_248)):
+        with torch.device("meta"):
+            llama = Llama(LlamaConfig.from_dict(random_llama.COMMON | random_llama.SHAPES[name]))
+        assert sum(parameter.numel() for parameter in llama.parameters()) == count
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 2}
+    monkeypatch.setitem(random_llama.SHAPES, "1b", random_llama.SHAPES["1b"] | small)
+    call = ["1b", "--out", str(tmp_path / "new"), "--tokenizer", str(tiny)]
+    random_llama.main(call)
+    for name, parameter in load_llama(tmp_path / "new", torch.float32).named_parameters():
+        due = (1.0, 0.0) if "norm" in name else (0.0, 0.02)  # mean, deviation
+        assert (parameter.mean().item(), parameter.std().item()) == pytest.approx(due, abs=2e-3)
+    assert Prompts(tmp_path / "new", "Is it bad?").prompt("It is.")
+    for wrong, reason in ((call, "exists"), ([*call[:-1], str(tmp_path)], "tokenizer.json")):
+        with pytest.raises((ValueError, OSError), match=reason):
+            random_llama.main(wrong)
