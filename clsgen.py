@@ -62,8 +62,8 @@ class LoRALinear(Linear):
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x):
-        y = super().forward(x)
-        return y if self.off else y + self.lora_B(self.scale * self.lora_A(x))
+        y = super().forward(x)  # ours alone: adding in place spares a tensor of its size
+        return y if self.off else y.add_(self.lora_B(self.scale * self.lora_A(x)))
 
     def merged(self, weight):
         """W + (alpha / rank) B A, summed in float32 and cast once to the dtype of W."""
