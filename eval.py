@@ -11,6 +11,7 @@ metric is undefined, a ValueError says why.
 """
 
 import argparse
+import hashlib
 import json
 import re
 import time
@@ -22,8 +23,9 @@ import torch
 from tqdm import tqdm
 
 from clsgen import CLSGen, LoRALinear, Run, load_run, run_main, versions, write_atomically
+from clsgen import write_json
 from data import Prompts, collate, encode_rows, read_rows
-from model import load_llama
+from model import load_llama, read_json
 
 
 # --- metrics of the probability -------------------------------------------------------------------
@@ -520,7 +522,7 @@ def parse(argv=None):
     add("--rows", type=int, help="only the first N rows of a seeded shuffle (default: all)")
     add("--explain", type=int, help="texts for the first N of that shuffle only (default: all)")
     add("--out", type=Path, help="results (default: RUN/eval/DATA; of several runs, out/DATA)")
-    add("--overwrite", action="store_true", help="replace results that are there")
+    add("--overwrite", action="store_true", help="replace results that are there, or half there")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="of the base model")
     add("--device", help="such as cpu or cuda")
     add("--batch", type=int, default=16, help="rows at a time")
@@ -552,14 +554,29 @@ def load_scorer(folder, args):
     return Run(base, prompts, run.meta | UNFITTED, "zero-shot")
 
 
+def run_rows(run, rows, count, args):
+    """{"predictions", "sums": `reference_sums`, "seconds"} of one scorer, with texts for the first
+    `count` rows. Kept until all scorers are done, so that a stopped command can go on."""
+    of = json.dumps([run.name, run.meta, rows, count, args.batch, args.dtype, versions()])
+    path = args.out / f"{hashlib.sha256(of.encode()).hexdigest()[:16]}.part"
+    if path.exists():
+        print(f"run {run.name}: its rows were scored before; --overwrite scores them again")
+        return read_json(path)
+    start, sums = time.perf_counter(), np.zeros((len(rows), 3))
+    predictions = run.predict(rows[:count], True, args.batch, progress=count > 0)
+    predictions += run.predict(rows[count:], False, args.batch, progress=count < len(rows))
+    sums[:count] = reference_sums(run, rows[:count], args.batch, progress=count > 0)
+    write_json(path, {"predictions": predictions, "sums": sums.tolist(),
+                      "seconds": time.perf_counter() - start})
+    return read_json(path)
+
+
 def score_run(run, rows, file_rows, score, args):
     """(predictions, {scorer: metrics}): the run's own score, calibrated; the same as it came; and
     beside a head, the label token's as it came."""
-    start, count = time.perf_counter(), len(rows) if args.explain is None else args.explain
-    predictions = run.predict(rows[:count], True, args.batch, progress=count > 0)
-    predictions += run.predict(rows[count:], False, args.batch, progress=count < len(rows))
-    sums = np.zeros((len(rows), 3))
-    sums[:count] = reference_sums(run, rows[:count], args.batch, progress=count > 0)
+    count = len(rows) if args.explain is None else args.explain
+    found = run_rows(run, rows, count, args)
+    predictions, sums = found["predictions"], np.array(found["sums"])
     p, raw, token, labels = ([one[key] for one in predictions] for key in (
         "probability", "raw_probability", "label_token_probability", "label"))
     head, fitted = run.meta["scorer"] == "head", run.name != "zero-shot" or args.valid
@@ -567,7 +584,7 @@ def score_run(run, rows, file_rows, score, args):
     own |= text_metrics(rows[:count], predictions[:count], sums[:count], file_rows, args.seed)
     own |= {"calibrated": run.meta["calibration"] != UNFITTED["calibration"], "run": run.name,
             "prompts_cut": sum(one["tokens_cut"] > 0 for one in predictions),
-            "seconds": time.perf_counter() - start}
+            "seconds": found["seconds"]}
     scorers = {"head" if head else "label token": own} | ({"raw": score(raw)} if fitted else {})
     return predictions, scorers | ({"label token": score(token)} if head else {})
 
@@ -581,6 +598,8 @@ def evaluate(args, rows, file_rows):
     for folder in folders[1:]:
         load_scorer(folder, args)  # what does not load says so now, not after hours
     args.out.mkdir(parents=True, exist_ok=True)
+    for path in args.out.glob("*.part") if args.overwrite else ():
+        path.unlink()
 
     def score(p, decisions=None, sums=None):
         metrics = score_metrics(y, p, decisions, groups, args.draws, args.seed, true_p, sums, first)
@@ -621,6 +640,8 @@ def main(argv=None):
               "bayes_auroc": _or_none(auroc, *true), "seconds": time.perf_counter() - start,
               "arguments": vars(args), "versions": versions()}
     write_atomically(args.out / "eval.json", json.dumps(report, indent=1, default=str) + "\n")
+    for path in args.out.glob("*.part"):
+        path.unlink()
     print(f"\n{args.data}: {len(rows)} rows, {sum(y)} positive, {n_groups} groups; [95 % interval, "
           f"groups resampled {args.draws} times]")
     if report["bayes_auroc"]:

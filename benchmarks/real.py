@@ -129,7 +129,7 @@ def evaluate(name, runs, paths, args):
     """(eval.json of some runs and the base model on the test rows, its cost)"""
     out = args.work / "-".join([name, "test", *runs])
     command = ["eval.py", "--data", paths["test"], "--model", args.model, "--valid", paths["valid"],
-               "--out", out, "--overwrite"]
+               "--out", out]
     for run in runs:
         command += ["--run", args.work / f"{name}-{run}"]
     took = cost(out.with_name(f"{out.name}.cost.json"), command)

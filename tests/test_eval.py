@@ -426,6 +426,35 @@ def test_one_command_compares(runs, rows, monkeypatch):
     assert [one["probability"] for one in zero] == pytest.approx(due, abs=1e-5)
 
 
+@pytest.mark.parametrize("more, scored", [("", 2), ("--overwrite", 3), ("--rows 30", 3)])
+def test_a_stopped_evaluation_goes_on(runs, rows_file, tiny, tmp_path, monkeypatch, more, scored):
+    """Fails if a run that was scored before the stop is scored again, if what was kept is taken for
+    other rows or against --overwrite, or if it gives other numbers."""
+    call = (f"--run {runs}/joint --run {runs}/lm --model {tiny} --data {rows_file} "
+            f"--batch 7 --draws 20 --out {tmp_path} ")
+    predict, seen = Run.predict, []
+
+    def watched(run, *rest, **options):
+        seen.append(run.name)
+        if stop and len(set(seen)) == 2:
+            raise KeyboardInterrupt
+        return predict(run, *rest, **options)
+
+    monkeypatch.setattr(Run, "predict", watched)
+    stop = True
+    with pytest.raises(KeyboardInterrupt):
+        ev.main(call.split())
+    assert len(list(tmp_path.glob("*.part"))) == 1
+    stop, seen[:] = False, []
+    ev.main((call + more).split())
+    assert len(set(seen)) == scored and not list(tmp_path.glob("*.part"))
+    if not more:
+        (found, texts), (due, due_texts) = read(tmp_path), read(runs / "out")
+        for one in [*found["metrics"].values(), *due["metrics"].values()]:
+            one.pop("seconds", None)
+        assert found["metrics"] == due["metrics"] and texts == due_texts
+
+
 def test_the_base_model_is_calibrated_as_a_run_is(runs, rows, rows_file, tiny, tmp_path):
     """Fails if --valid changes the runs, or leaves the base model's p or threshold as they were."""
     other = [{**row, "label": row["label"] ^ (i % 3 == 0)} for i, row in enumerate(rows)]
