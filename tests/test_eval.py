@@ -426,7 +426,7 @@ def test_one_command_compares(runs, rows, monkeypatch):
     assert [one["probability"] for one in zero] == pytest.approx(due, abs=1e-5)
 
 
-@pytest.mark.parametrize("more, scored", [("", 2), ("--overwrite", 3), ("--rows 30", 3)])
+@pytest.mark.parametrize("more, scored", [("", 2), ("--overwrite", 3), ("--rows 40", 3)])
 def test_a_stopped_evaluation_goes_on(runs, rows_file, tiny, tmp_path, monkeypatch, more, scored):
     """Fails if a run that was scored before the stop is scored again, if what was kept is taken for
     other rows or against --overwrite, or if it gives other numbers."""
