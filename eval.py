@@ -558,16 +558,16 @@ def run_rows(run, rows, count, args):
     """{"predictions", "sums": `reference_sums`, "seconds"} of one scorer, with texts for the first
     `count` rows. Kept until all scorers are done, so that a stopped command can go on."""
     of = json.dumps([run.name, run.meta, rows, count, args.batch, args.dtype, versions()])
-    path = args.out / f"{hashlib.sha256(of.encode()).hexdigest()[:16]}.part"
+    path = args.out / f"scored-{hashlib.sha256(of.encode()).hexdigest()[:16]}.part"
     if path.exists():
         print(f"run {run.name}: its rows were scored before; --overwrite scores them again")
-        return read_json(path)
-    start, sums = time.perf_counter(), np.zeros((len(rows), 3))
-    predictions = run.predict(rows[:count], True, args.batch, progress=count > 0)
-    predictions += run.predict(rows[count:], False, args.batch, progress=count < len(rows))
-    sums[:count] = reference_sums(run, rows[:count], args.batch, progress=count > 0)
-    write_json(path, {"predictions": predictions, "sums": sums.tolist(),
-                      "seconds": time.perf_counter() - start})
+    else:
+        start, sums = time.perf_counter(), np.zeros((len(rows), 3))
+        predictions = run.predict(rows[:count], True, args.batch, progress=count > 0)
+        predictions += run.predict(rows[count:], False, args.batch, progress=count < len(rows))
+        sums[:count] = reference_sums(run, rows[:count], args.batch, progress=count > 0)
+        write_json(path, {"predictions": predictions, "sums": sums.tolist(),
+                          "seconds": time.perf_counter() - start})
     return read_json(path)
 
 
@@ -598,7 +598,7 @@ def evaluate(args, rows, file_rows):
     for folder in folders[1:]:
         load_scorer(folder, args)  # what does not load says so now, not after hours
     args.out.mkdir(parents=True, exist_ok=True)
-    for path in args.out.glob("*.part") if args.overwrite else ():
+    for path in args.out.glob("scored-*.part") if args.overwrite else ():
         path.unlink()
 
     def score(p, decisions=None, sums=None):
@@ -640,7 +640,7 @@ def main(argv=None):
               "bayes_auroc": _or_none(auroc, *true), "seconds": time.perf_counter() - start,
               "arguments": vars(args), "versions": versions()}
     write_atomically(args.out / "eval.json", json.dumps(report, indent=1, default=str) + "\n")
-    for path in args.out.glob("*.part"):
+    for path in args.out.glob("scored-*.part"):
         path.unlink()
     print(f"\n{args.data}: {len(rows)} rows, {sum(y)} positive, {n_groups} groups; [95 % interval, "
           f"groups resampled {args.draws} times]")
