@@ -555,8 +555,9 @@ def test_real_results(tiny, rows, tmp_path, monkeypatch, capsys):
     """Fails if a scorer is missing, if test or validation rows are trained on, if work that is done
     is done again, if a stopped training starts anew, or if a sweep reports other numbers."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setitem(real.DATA, "tiny", {"question": "Is it bad?", "held": 0.3, "rows": 20,
-                                            "flags": "--epochs 2 --max-answer 12 --rank 2"})
+    monkeypatch.setitem(real.DATA, "tiny", {
+        "question": "Is it bad?", "held": 0.3, "rows": 20,
+        "flags": "--epochs 2 --valid-every 1 --max-answer 12 --rank 2"})
     for name, part in (("train", rows), ("valid", rows[::-1])):
         write_rows(tmp_path / f"{name}.jsonl", [
             row | {"id": f"{name} {row['id']}", "explanation": "Bad."} for row in part])
