@@ -49,9 +49,7 @@ GOLDEN_TEXT = "The quick brown fox jumps over the lazy dog, 12 times out of 30."
 class LoRALinear(Linear):
     """y = x W^T + (alpha / rank) x A^T B^T, W frozen (arXiv 2106.09685). A is random and B zero, so
     that wrapping changes nothing. Both are float32, since small updates vanish in bfloat16; their
-    products run in the base's dtype."""
-
-    off = False  # True leaves the base model, for every layer at once
+    products run in the base's dtype. LoRALinear.off = True leaves the base model everywhere."""
 
     def __init__(self, base, rank, alpha):
         super().__init__(base.in_features, base.out_features, device="meta")
@@ -65,10 +63,13 @@ class LoRALinear(Linear):
         y = super().forward(x)  # ours alone: adding in place spares a tensor of its size
         return y if self.off else y.add_(self.lora_B(self.scale * self.lora_A(x)))
 
+    def low_rank(self):
+        return self.scale * self.lora_A.weight, self.lora_B.weight
+
     def merged(self, weight):
         """W + (alpha / rank) B A, summed in float32 and cast once to the dtype of W."""
-        delta = self.scale * self.lora_B.weight @ self.lora_A.weight
-        return (weight.float() + delta.detach().cpu()).to(weight.dtype)
+        low, high = self.low_rank()
+        return (weight.float() + (high @ low).detach().cpu()).to(weight.dtype)
 
 
 def add_lora(llama, rank, alpha, targets=TARGETS):

@@ -117,22 +117,62 @@ class LlamaConfig:
 
 
 # --- the layers -----------------------------------------------------------------------------------
-def linear(x, weight, bias=None, packed=None):
-    """x W^T + b in the dtype of x; `packed` is W as Llama.pack laid it out."""
-    if packed is None:  # only LoRA's weights are of another dtype
-        return F.linear(x, weight.to(x.dtype), bias)
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-
-
 class Linear(nn.Linear):
     """x W^T + b without initial values: the checkpoint has them, and drawing them takes seconds."""
-    packed = None  # by Llama.pack
+    packed, off = None, False
 
     def reset_parameters(self):
         pass
 
+    def low_rank(self):
+        """(A, B) of B A, which is added to W unless `off`: empty here, LoRA's in clsgen.py."""
+        return self.weight[:0], self.weight[:, :0]
+
     def forward(self, x):
-        return linear(x, self.weight, self.bias, self.packed)
+        return F.linear(x, self.weight.to(x.dtype), self.bias)  # LoRA's weights are float32
+
+
+def lay_out(weight):
+    """A function of x and a bias, x W^T + b: W as oneDNN multiplies it on a CPU, laid out once,
+    where F.linear does that in each call."""
+    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return lambda x, bias=None: torch.ops.mkldnn._linear_pointwise(
+        x, laid_out, bias, "none", [], "")
+
+
+class Packed:
+    """Projections of one input, for predictions: one product, [W1; W2; ..; A1; A2; ..], and LoRA's
+    B1, B2, .. as the blocks of a second."""
+
+    def __init__(self, *layers):
+        low, high = zip(*(layer.low_rank() for layer in layers), strict=True)
+        rank, dtype, bias = sum(map(len, low)), layers[0].weight.dtype, layers[0].bias
+        self.layers, self.sizes = layers, [*(layer.out_features for layer in layers), rank]
+        self.first = lay_out(torch.cat([*(layer.weight for layer in layers), *low]).to(dtype))
+        self.second = lay_out(torch.block_diag(*high).to(dtype)) if rank else None
+        self.bias = None if bias is None else torch.cat(
+            [*(layer.bias for layer in layers), bias.new_zeros(rank)])
+
+    def __call__(self, x):
+        both = self.first(x, self.bias)
+        *parts, low = both.split(self.sizes, dim=-1)
+        if self.second and not any(layer.off for layer in self.layers):
+            both[..., : -low.shape[-1]].add_(self.second(low))
+        return parts
+
+
+def project(x, *layers):
+    """[layer(x) for layer in layers]; once Llama.pack has put them together, in one product."""
+    packed = layers[0].packed
+    return [layer(x) for layer in layers] if packed is None else packed(x)
+
+
+def recomputed(function, *inputs):
+    """function(*inputs); the backward pass computes it again from its inputs instead of keeping
+    what lies between. For parts that are cheap beside the memory that they would take."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class RMSNorm(nn.Module):
@@ -178,8 +218,13 @@ def attend(q, k, v, mask):
     if mask is None or q.device.type != "cpu":
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    # On a CPU, twice as fast as that up to 512 tokens (forward and backward in bfloat16), level at
-    # 1,024: a group's heads are rows of one product, 256 queries at a time, keys up to the last
+    return recomputed(attend_by_hand, q, k, v, mask)  # in it are the probabilities, T x T
+
+
+def attend_by_hand(q, k, v, mask):
+    """On a CPU faster than PyTorch's (forward and backward in bfloat16, 1.7 times at 512 tokens,
+    1.3 at 1,024): a group's heads are rows of one product, 256 queries at a time, keys up to the
+    last of them."""
     out, q, k, v = [], q / q.shape[-1] ** 0.5, k.flatten(0, 1), v.flatten(0, 1)  # k, v (B K, S, E)
     for part, bias in zip(q.split(256, dim=2), mask.split(256, dim=2), strict=True):
         size = part.shape[2]
@@ -205,34 +250,24 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
             self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 
-    def forward(self, x, rope, mask, cache=None, positions=None):
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
+    def forward(self, x, rope, mask, cache=None, at=None):
+        q, k, v = (y.view(*x.shape[:2], -1, self.head_dim)
+                   for y in project(x, self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, E)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:  # (2, B, K, S, E), written in place, each row at its own positions
-            at = (torch.arange(len(x), device=x.device)[:, None], slice(None), positions)
             cache[0][at], cache[1][at] = k.transpose(1, 2), v.transpose(1, 2)
             if mask is not None:  # beyond the prompt: attend to what is cached
                 k, v = cache[:, :, :, : mask.shape[-1]]
-        return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))  # (B, T, D)
+        (out,) = project(attend(q, k, v, mask).transpose(1, 2).flatten(2), self.o_proj)
+        return out  # (B, T, D)
 
 
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up (arXiv 2002.05202). Only its inputs are kept for the backward pass, which
-    takes silu(gate) again: a tenth less memory in training than PyTorch's two operators."""
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, grad):
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+def swiglu(gate, up):
+    """silu(gate) * up (arXiv 2002.05202)."""
+    return F.silu(gate) * up
 
 
 class MLP(nn.Module):
@@ -243,7 +278,9 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+        gate_up = project(x, self.gate_proj, self.up_proj)
+        (out,) = project(recomputed(swiglu, *gate_up), self.down_proj)
+        return out
 
 
 class Block(nn.Module):
@@ -254,9 +291,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, mask, cache=None, positions=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, positions)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x, rope, mask, cache=None, at=None):
+        x = x + self.self_attn(recomputed(self.input_layernorm, x), rope, mask, cache, at)
+        return x + self.mlp(recomputed(self.post_attention_layernorm, x))
 
 
 class Llama(nn.Module):
@@ -264,7 +301,7 @@ class Llama(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.checkpointing, self.packed, self.packed_head = config, False, False, None
+        self.config, self.checkpointing, self.packed = config, False, None
         embedding = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -286,6 +323,7 @@ class Llama(nn.Module):
         x, start = self.embed_tokens(input_ids), positions is None  # (B, T, D)
         if start:
             positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
+        at = (torch.arange(len(x), device=x.device)[:, None], slice(None), positions)  # in a cache
         mask = self._mask(positions, start)
         angles = positions[:, None, :, None] * rope_frequencies(self.config, x.device)
         rope = [torch.cat(halves, dim=-1).to(x.dtype)  # (B or 1, 1, T, E)
@@ -294,7 +332,7 @@ class Llama(nn.Module):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, mask, use_reentrant=False)
             else:
-                x = block(x, rope, mask, None if cache is None else cache[i], positions)
+                x = block(x, rope, mask, None if cache is None else cache[i], at)
         return self.norm(x)
 
     def _mask(self, positions, start):
@@ -310,25 +348,26 @@ class Llama(nn.Module):
 
     def logits(self, hidden):
         """(..., D) -> (..., V)."""
-        if self.config.tie_word_embeddings:
-            return linear(hidden, self.embed_tokens.weight, packed=self.packed_head)
-        return self.lm_head(hidden)
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return self.packed(hidden) if self.packed else F.linear(hidden, head.weight)
 
+    @torch.no_grad()
     def pack(self):
-        """Lays the weights out as oneDNN multiplies them, which F.linear does anew in each call: on
-        a CPU in bfloat16 a token takes .7 to .8 of the time. For predictions only: the plain
-        weights are gone, LoRA's too."""
+        """Puts `Packed` in place of the projections, on a CPU in bfloat16: a token of text takes
+        half of the time. For predictions only: the plain weights are gone, LoRA's too."""
         weight, able = self.norm.weight, torch.cpu.get_capabilities().get("avx512_bf16")
         able = able and torch.backends.mkldnn.is_available() and weight.device.type == "cpu"
         if weight.dtype == torch.bfloat16 and able:
-            self.packed = True
-            reorder = torch.ops.mkldnn._reorder_linear_weight
+            head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+            self.packed = lay_out(head.weight)
+            for block in self.layers:
+                attn, mlp = block.self_attn, block.mlp
+                for group in ((attn.q_proj, attn.k_proj, attn.v_proj), (attn.o_proj,),
+                              (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)):
+                    group[0].packed = Packed(*group)
             for module in self.modules():
                 if isinstance(module, Linear):
-                    module.packed = reorder(module.weight.detach().to(weight.dtype))
                     module.weight = None
-            if self.config.tie_word_embeddings:
-                self.packed_head = reorder(self.embed_tokens.weight.detach())
         return self
 
 

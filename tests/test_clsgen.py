@@ -12,8 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from clsgen import (TARGETS, CLSGen, Run, adapter_tensors, add_lora, choose_token, joint_loss,
-                    load_run, main, merge, write_atomically)
+from clsgen import (TARGETS, CLSGen, LoRALinear, Run, adapter_tensors, add_lora, choose_token,
+                    joint_loss, load_run, main, merge, write_atomically)
 from data import Example, Prompts, collate, encode_rows, printable
 from model import load_llama
 
@@ -370,6 +370,30 @@ def test_a_stopped_prediction_goes_on_from_any_byte(rows, run, tmp_path, monkeyp
         assert out.read_bytes() == due and not part.exists()
         assert len(calls) - 3 == 5 - (begun[:size].count(b"\n") - 1) // 8, "chunks of 8 still to do"
         out.unlink()
+
+
+@pytest.mark.parametrize("targets", [TARGETS, ("v_proj", "up_proj", "down_proj")])
+@torch.no_grad()
+def test_packed_lora_is_lora(tiny, targets, monkeypatch):
+    """Fails if a projection gets another one's LoRA, if a group of which not all have one slips, or
+    if the base model cannot be had from a packed run."""
+    ids, found = torch.arange(2, 62).view(3, 20), []
+    for pack in (False, True):
+        torch.manual_seed(0)
+        llama = add_lora(load_llama(tiny, torch.bfloat16), 4, 8.0, targets)
+        for name, parameter in llama.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+        llama = llama.pack() if pack else llama
+        found.append([llama(ids)])
+        with monkeypatch.context() as patch:
+            patch.setattr(LoRALinear, "off", True)
+            found[-1].append(llama(ids))
+    base = load_llama(tiny, torch.bfloat16)(ids)
+    for (lora, off), name in zip(found, ("plain", "packed"), strict=True):
+        torch.testing.assert_close(lora, found[0][0], atol=0.02, rtol=0.02, msg=name)
+        torch.testing.assert_close(off, base, atol=0.02, rtol=0.02, msg=name)
+    assert (found[0][0] - base).abs().mean() > 0.2
 
 
 def test_a_packed_run_is_not_saved(tiny):

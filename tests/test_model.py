@@ -11,7 +11,7 @@ import torch
 from conftest import CONFIG, ROOT, shard, write_model
 from safetensors.torch import load_file, save_file
 
-from model import LlamaConfig, SwiGLU, attend, load_llama
+from model import LlamaConfig, attend, load_llama
 
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
@@ -54,19 +54,29 @@ def test_attention_by_hand_is_pytorchs(size, known):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
-def test_swiglu_is_pytorchs():
-    """Values and gradients, to the bit in bfloat16, from fewer kept numbers (fails if the two
-    gradients change places, or if silu's derivative is left out)."""
-    gate, up, grad = torch.randn(3, 2, 5, 7, dtype=torch.bfloat16).unbind()
-    kept, found = [], []
-    for function in (SwiGLU.apply, lambda gate, up: torch.nn.functional.silu(gate) * up):
-        inputs, storages = [x.clone().requires_grad_() for x in (gate, up)], set()
+def test_recomputed_parts_are_not_kept(tmp_path, monkeypatch):
+    """The same gradients to the bit, from fewer numbers (fails if the attention's probabilities,
+    T x T, the float32 of the norms or silu(gate) wait for the backward pass)."""
+    write_model(tmp_path, **VARIANTS["tied"])
+    llama, found = load_llama(tmp_path), []
+    ids = torch.arange(58).view(2, 29)
+    for again in (True, False):
+        if not again:
+            monkeypatch.setattr("model.recomputed", lambda function, *inputs: function(*inputs))
+        kept = {}
         with torch.autograd.graph.saved_tensors_hooks(
-                lambda x, seen=storages: seen.add(x.data_ptr()) or x, lambda x: x):
-            out = function(*inputs)
-        kept.append(len(storages))
-        found.append([out, *torch.autograd.grad(out, inputs, grad)])
-    assert all(map(torch.equal, *found)) and kept == [2, 3]
+                lambda x, kept=kept: kept.update({x.data_ptr(): x}) or x, lambda x: x):
+            loss = llama(ids).float().square().sum()
+        numbers, c = [x.numel() for x in kept.values()], llama.config
+        found.append([numbers.count(2 * c.num_attention_heads * 29 * 29),
+                      numbers.count(2 * 29 * c.intermediate_size),
+                      sum(x.dtype == torch.float32 for x in kept.values())])
+        found[-1].append(torch.autograd.grad(loss, llama.parameters()))
+    (*few, grads), (*many, plain), layers = *found, c.num_hidden_layers
+    assert all(map(torch.equal, grads, plain))
+    # the probabilities; silu(gate); x and its scale, at each of two norms
+    assert [more - less for more, less in zip(many, few, strict=True)] == [
+        layers, layers, 4 * layers]
 
 
 @pytest.mark.parametrize("name", ["tied", "untied", "qwen2"])
