@@ -154,7 +154,7 @@ def write_tensors(path, tensors, metadata=None):
 
 def adapter_tensors(model):
     """LoRA and head under peft's names: opens there as SEQ_CLS, or without head as causal LM."""
-    if model.model.packed:
+    if model.model.packed_head:
         raise ValueError("packed for predictions: load_run(..., pack=False) can be saved or merged")
     groups = model.parameter_groups()
     return {PEFT_PREFIX + name: p.detach() for name, p in (groups["lora"] | groups["head"]).items()}
@@ -208,7 +208,7 @@ def versions():
 
 
 def pick(dtype, device):
-    """(dtype, device): CUDA if there is one; "auto" is bfloat16 where the processor has it."""
+    """(dtype, device): CUDA if there is one; "auto" is bfloat16, on a CPU if it multiplies it."""
     try:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
@@ -304,19 +304,21 @@ class Run:
         cache = self.llama.new_cache(len(examples), batch.input_ids.shape[1] + room)
         hidden, prompt_end = self.llama(batch.input_ids, cache), batch.prompt_end
         last = hidden[torch.arange(len(examples)), prompt_end]  # (B, D)
-        token = self._label_token(cache, last, prompt_end).double()  # float32: p is 1 from z = 17
+        # float64, which not every device has: in float32, p would be 1 from z = 17 on
+        token = self._label_token(cache, last, prompt_end).cpu().double()
         # An LM-only run has no trained head: the label token's score takes its place
-        z = token if self.meta["scorer"] == "label_token" else self.model.logit(last).double()
+        z = token if self.meta["scorer"] == "label_token" else self.model.logit(last).cpu().double()
         calibration, threshold = self.meta["calibration"], self.meta["threshold"]
         p = torch.sigmoid(z / calibration["temperature"] + calibration["bias"])
         scores = torch.stack((p, z.sigmoid(), token.sigmoid()), 1).tolist()
         records = [{
-            "id": example.id, "probability": p, "raw_probability": raw,
-            "label_token_probability": token, "label": int(p >= threshold), "threshold": threshold,
+            "id": example.id, "probability": own, "raw_probability": raw,
+            "label_token_probability": words, "label": int(own >= threshold),
+            "threshold": threshold,
             "explanation": None, "stated_label": None, "agree": None,
             "tokens_cut": example.tokens_cut, "run": self.name,
             **({} if example.label is None else {"true_label": example.label}),
-        } for example, (p, raw, token) in zip(examples, scores, strict=True)]
+        } for example, (own, raw, words) in zip(examples, scores, strict=True)]
         yield records
         if explain:
             forced = [prompts.label_ids[one["label"]] for one in records if decide == "head"]
@@ -463,7 +465,7 @@ def predict_text(run, args, choose):
 def keep_freed_memory():
     """Tells glibc's malloc to keep what is freed. By default it hands large blocks back to the
     system, and on a CPU the fresh pages of the next step cost a tenth of its time."""
-    with suppress(OSError, AttributeError):  # another C library
+    with suppress(OSError, AttributeError, TypeError):  # another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
         libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD

@@ -8,8 +8,8 @@ attention, SwiGLU. Mistral (2310.06825) adds a sliding window, Qwen2 biases on q
 norm on each head's q and k: fields of one config. Module names are the checkpoint's names.
 Reference: github.com/huggingface/transformers, src/transformers/models/llama/modeling_llama.py
 
-Notation: B rows, T tokens of this call, S cached tokens, D hidden size, V vocabulary; H heads and
-K key/value heads, each of size E.
+Notation: B rows, T tokens of this call, S keys (those in the cache too), D hidden size, V
+vocabulary; H heads and K key/value heads, each of size E.
 """
 
 import json
@@ -141,28 +141,34 @@ def lay_out(weight):
 
 
 class Packed:
-    """Projections of one input, for predictions: one product, [W1; W2; ..; A1; A2; ..], and LoRA's
-    B1, B2, .. as the blocks of a second."""
+    """Projections of one input, for predictions, LoRA's included:
+
+        [y1 | y2 | a1 | a2] = x [W1; W2; A1; A2]^T + b,   then   [y1 | y2] += [a1 | a2] B^T
+    with B1 and B2 as the blocks of B: two products, however many layers. Takes their weights."""
 
     def __init__(self, *layers):
-        low, high = zip(*(layer.low_rank() for layer in layers), strict=True)
-        rank, dtype, bias = sum(map(len, low)), layers[0].weight.dtype, layers[0].bias
-        self.layers, self.sizes = layers, [*(layer.out_features for layer in layers), rank]
-        self.first = lay_out(torch.cat([*(layer.weight for layer in layers), *low]).to(dtype))
-        self.second = lay_out(torch.block_diag(*high).to(dtype)) if rank else None
-        self.bias = None if bias is None else torch.cat(
-            [*(layer.bias for layer in layers), bias.new_zeros(rank)])
+        downs, ups = zip(*(layer.low_rank() for layer in layers), strict=True)
+        rank, first = sum(map(len, downs)), layers[0]
+        dtype, self.kinds = first.weight.dtype, {type(layer) for layer in layers}
+        self.sizes = [*(layer.out_features for layer in layers), rank]
+        self.down = lay_out(torch.cat(
+            [*(layer.weight for layer in layers), *(a.to(dtype) for a in downs)]))
+        self.up = lay_out(torch.block_diag(*ups).to(dtype)) if rank else None
+        self.bias = None if first.bias is None else torch.cat(
+            [*(layer.bias for layer in layers), first.bias.new_zeros(rank)])
+        for module in (module for layer in layers for module in layer.modules()):
+            module.weight = None
 
     def __call__(self, x):
-        both = self.first(x, self.bias)
+        both = self.down(x, self.bias)
         *parts, low = both.split(self.sizes, dim=-1)
-        if self.second and not any(layer.off for layer in self.layers):
-            both[..., : -low.shape[-1]].add_(self.second(low))
+        if self.up and not any(kind.off for kind in self.kinds):
+            both[..., : -low.shape[-1]].add_(self.up(low))  # the parts are views of it
         return parts
 
 
 def project(x, *layers):
-    """[layer(x) for layer in layers]; once Llama.pack has put them together, in one product."""
+    """[layer(x) for layer in layers]; after Llama.pack the first of a group does it for all."""
     packed = layers[0].packed
     return [layer(x) for layer in layers] if packed is None else packed(x)
 
@@ -259,7 +265,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:  # (2, B, K, S, E), written in place, each row at its own positions
             cache[0][at], cache[1][at] = k.transpose(1, 2), v.transpose(1, 2)
-            if mask is not None:  # beyond the prompt: attend to what is cached
+            if mask is not None:  # its keys are the cache's; None: a prompt's own are all
                 k, v = cache[:, :, :, : mask.shape[-1]]
         (out,) = project(attend(q, k, v, mask).transpose(1, 2).flatten(2), self.o_proj)
         return out  # (B, T, D)
@@ -301,7 +307,7 @@ class Llama(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.checkpointing, self.packed = config, False, None
+        self.config, self.checkpointing, self.packed_head = config, False, None
         embedding = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=False)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -323,14 +329,15 @@ class Llama(nn.Module):
         x, start = self.embed_tokens(input_ids), positions is None  # (B, T, D)
         if start:
             positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, T)
-        at = (torch.arange(len(x), device=x.device)[:, None], slice(None), positions)  # in a cache
+        # In a cache (B, K, S, E); what it picks is (B, T, K, E), indices around a slice come first
+        at = (torch.arange(len(x), device=x.device)[:, None], slice(None), positions)
         mask = self._mask(positions, start)
         angles = positions[:, None, :, None] * rope_frequencies(self.config, x.device)
         rope = [torch.cat(halves, dim=-1).to(x.dtype)  # (B or 1, 1, T, E)
                 for halves in ((angles.cos(), angles.cos()), (-angles.sin(), angles.sin()))]
         for i, block in enumerate(self.layers):
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, mask, use_reentrant=False)
+            if self.checkpointing and cache is None:
+                x = recomputed(block, x, rope, mask)
             else:
                 x = block(x, rope, mask, None if cache is None else cache[i], at)
         return self.norm(x)
@@ -343,13 +350,16 @@ class Llama(nn.Module):
             return None
         keys = torch.arange(int(positions.max()) + 1, device=positions.device)
         distance = positions[:, None, :, None] - keys
-        hidden = (distance < 0) | (distance >= window)
-        return self.norm.weight.new_zeros(distance.shape).masked_fill_(hidden, -math.inf)
+        unseen = (distance < 0) | (distance >= window)
+        return self.norm.weight.new_zeros(distance.shape).masked_fill_(unseen, -math.inf)
 
     def logits(self, hidden):
         """(..., D) -> (..., V)."""
-        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return self.packed(hidden) if self.packed else F.linear(hidden, head.weight)
+        packed = self.packed_head
+        return packed(hidden) if packed else F.linear(hidden, self._head().weight)
+
+    def _head(self):
+        return self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
 
     @torch.no_grad()
     def pack(self):
@@ -358,16 +368,14 @@ class Llama(nn.Module):
         weight, able = self.norm.weight, torch.cpu.get_capabilities().get("avx512_bf16")
         able = able and torch.backends.mkldnn.is_available() and weight.device.type == "cpu"
         if weight.dtype == torch.bfloat16 and able:
-            head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-            self.packed = lay_out(head.weight)
             for block in self.layers:
                 attn, mlp = block.self_attn, block.mlp
                 for group in ((attn.q_proj, attn.k_proj, attn.v_proj), (attn.o_proj,),
                               (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)):
                     group[0].packed = Packed(*group)
-            for module in self.modules():
-                if isinstance(module, Linear):
-                    module.weight = None
+            self.packed_head = lay_out(self._head().weight)
+            if not self.config.tie_word_embeddings:
+                self.lm_head.weight = None
         return self
 
 

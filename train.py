@@ -53,7 +53,7 @@ def parse(argv=None):
     # model
     add("--model", default="models/smollm2-135m", help="Hugging Face folder of the base model")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-        help="of the base; auto: bfloat16 where the processor has it")
+        help="of the base; auto: bfloat16, on a CPU if it multiplies it")
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     add("--rank", type=int, default=16, help="of LoRA")
     add("--alpha", type=float, default=32.0, help="LoRA's product is scaled by alpha / rank")
@@ -89,6 +89,7 @@ def parse(argv=None):
     elif args.data is None:
         raise ValueError("--data is missing (or --resume)")
     elif args.init_adapter:
+        args.targets = [name for name in TARGETS if name in args.targets]
         for name, value in read_adapter_config(args.init_adapter).items():
             if getattr(args, name) not in (parser.get_default(name), value):
                 raise ValueError(f"--{name} {getattr(args, name)}: {args.init_adapter} has {value}")
@@ -191,7 +192,7 @@ def validate(model, examples, device, size):
         bce, lm = bce + parts[0].item(), lm + parts[1].item()
         z[indices] = logit.cpu()
     y = [example.label for example in examples]
-    return {"bce": bce, "lm": lm, "auroc": auroc(y, sigmoid(z))}, z
+    return {"bce": bce, "lm": lm if n_tokens else None, "auroc": auroc(y, sigmoid(z))}, z
 
 
 def watch_text(model, prompts, rows, size):
@@ -368,13 +369,13 @@ def main(argv=None):
     args = parse(argv)
     check_arguments(args)
     torch.manual_seed(args.seed)
-    dtype, device = pick(args.dtype, args.device)
     # torchrun starts one process a GPU and says which is which
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
+    dtype, device = pick(args.dtype, args.device)
     if ranks > 1:
-        cuda = device.type == "cuda"
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else device
-        dist.init_process_group("nccl" if cuda else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         sys.stdout = open(os.devnull, "w") if rank else sys.stdout  # rank 0 speaks and writes
     if args.batch < ranks:
         raise ValueError(f"--batch {args.batch} is below the number of processes, {ranks}")

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_refused, make, make_run, run_script
+from conftest import assert_refused, make, make_run, run_script, write_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_model import VARIANTS
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from clsgen import (TARGETS, CLSGen, LoRALinear, Run, adapter_tensors, add_lora, choose_token,
@@ -373,14 +374,16 @@ def test_a_stopped_prediction_goes_on_from_any_byte(rows, run, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("targets", [TARGETS, ("v_proj", "up_proj", "down_proj")])
+@pytest.mark.parametrize("variant", ["tied", "qwen2", "qwen3"])
 @torch.no_grad()
-def test_packed_lora_is_lora(tiny, targets, monkeypatch):
-    """Fails if a projection gets another one's LoRA, if a group of which not all have one slips, or
-    if the base model cannot be had from a packed run."""
+def test_packed_lora_is_lora(tmp_path, variant, targets, monkeypatch):
+    """Fails if a projection gets another one's LoRA or bias, if a group of which not all have LoRA
+    slips, or if the base model cannot be had from a packed run."""
+    write_model(tmp_path, **VARIANTS[variant])
     ids, found = torch.arange(2, 62).view(3, 20), []
     for pack in (False, True):
         torch.manual_seed(0)
-        llama = add_lora(load_llama(tiny, torch.bfloat16), 4, 8.0, targets)
+        llama = add_lora(load_llama(tmp_path, torch.bfloat16), 4, 8.0, targets)
         for name, parameter in llama.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
@@ -389,7 +392,10 @@ def test_packed_lora_is_lora(tiny, targets, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(LoRALinear, "off", True)
             found[-1].append(llama(ids))
-    base = load_llama(tiny, torch.bfloat16)(ids)
+    if not llama.packed_head:
+        pytest.skip("nothing is packed on this processor")
+    assert not [name for name, _ in llama.named_parameters() if "proj" in name and "bias" not in name]
+    base = load_llama(tmp_path, torch.bfloat16)(ids)
     for (lora, off), name in zip(found, ("plain", "packed"), strict=True):
         torch.testing.assert_close(lora, found[0][0], atol=0.02, rtol=0.02, msg=name)
         torch.testing.assert_close(off, base, atol=0.02, rtol=0.02, msg=name)
@@ -400,7 +406,7 @@ def test_a_packed_run_is_not_saved(tiny):
     """Fails if a run without its LoRA weights, packed for predictions, is written as if whole."""
     model = CLSGen(add_lora(load_llama(tiny, torch.bfloat16), 4, 8.0))
     assert len(adapter_tensors(model)) == 29
-    if model.model.pack().packed:  # not on every processor
+    if model.model.pack().packed_head:  # not on every processor
         with pytest.raises(ValueError, match="pack=False"):
             adapter_tensors(model)
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,9 @@ def test_packed_weights_give_the_same(name, tmp_path):
         torch.testing.assert_close(packed.logits(packed(ids)), due, atol=0.02 * due.std(), rtol=0)
         left = [key for key in dict(packed.named_parameters()) if "proj" in key or "lm_head" in key]
         assert any(key.endswith(".weight") for key in left) == (dtype == torch.float32 or not able)
+        layer = weakref.ref(packed.layers[0].self_attn.q_proj)
+        del packed
+        assert layer() is None, "no circle of references: a model's memory is free at once"
 
 
 @pytest.mark.parametrize("name", VARIANTS)
