@@ -7,6 +7,7 @@ Every measurement is a process of its own, so that its peak memory is its own. T
 rows, dtype and LoRA (rank 16 on all seven projections, by peft), transformers' SDPA attention. It
 pads rows in the order of the file; we sort them by length. In training, its own loss by `labels`
 (-100 outside the answers) and a linear score of the prompt's last hidden state, in one pass.
+`merged` writes explanations too, without LoRA beside the weights, on either side.
 """
 
 import argparse
@@ -35,9 +36,10 @@ from train import micro_batches  # noqa: E402
 CASES = (  # those with a dash have no peer: one of the two losses, checkpointing, no p
     "start/load train/4x512 train/4x512-lm train/4x512-cls train/discharge train/clinifact"
     " train/1x2048-checkpointing train/1x4096-checkpointing train/1x8192-checkpointing explain/1"
-    " probability/discharge probability/clinifact explain/8 explain/8-no_p explain/32").split()
+    " probability/discharge probability/clinifact explain/8 explain/8-no_p explain/32 merged/1"
+    " merged/8 merged/32").split()
 FOR_GPU = ["train/4x2048", "train/8x4096-checkpointing"]
-UNITS = {"train": "tokens/s", "probability": "rows/s", "explain": "tokens/s", "start": "starts/s"}
+UNITS = {"probability": "rows/s", "start": "starts/s"}
 NEW_TOKENS, MICRO = 48, 4
 META = {"scorer": "head", "calibration": {"temperature": 1.0, "bias": 0.0}, "threshold": 0.5}
 
@@ -121,13 +123,14 @@ def train(args, dtype, what, mode):
 
 
 def predict(args, dtype, what, mode):
-    explain, more = what.isdecimal(), {}
+    explain, lora, more = what.isdecimal(), not args.case.startswith("merged"), {}
     prompts, rows, examples = real_rows(args, what, int(what) if explain else 32)
     count, size = len(rows) * (NEW_TOKENS if explain else 1), len(rows) if explain else 16
     if args.side == "ours":
         llama = load_llama(args.model, dtype, args.device)
-        run = Run(CLSGen(llama if explain else add_lora(llama, 16, 32.0)).eval(), prompts, META)
-        more = {"bytes": sum(p.nbytes for p in llama.parameters())} if what == "1" else {}
+        run = Run(CLSGen(add_lora(llama, 16, 32.0) if lora else llama).eval(), prompts, META)
+        numbers = sum(p.numel() for p in llama.parameters())
+        more = {"bytes": numbers * dtype.itemsize} if what == "1" else {}
         llama.pack()
         if mode == "no_p":
             run._label_token = lambda cache, last, prompt_end: last[:, 0]
@@ -138,7 +141,7 @@ def predict(args, dtype, what, mode):
 
         return lambda: run.predict(rows, explain, size, choose=never_stop), count, more
     kind = "AutoModelForCausalLM" if explain else "AutoModelForSequenceClassification"
-    model = peer(args, kind, dtype, lora=not explain).eval()
+    model = peer(args, kind, dtype, lora).eval()
     model.config.pad_token_id = 0
 
     @torch.inference_mode()
@@ -237,7 +240,7 @@ def main(argv=None):
             found[side].append(json.loads(done.stdout.splitlines()[-1]))
         middle = {key: [statistics.median(run[key] for run in runs) for runs in found.values()]
                   for key in ("rate", "peak_bytes", "share")}
-        results[case] = {"unit": (unit := UNITS[case.split("/")[0]]), **middle, "runs": found}
+        results[case] = {"unit": (unit := UNITS.get(case.split("/")[0], "tokens/s")), **middle, "runs": found}
         rates = [*middle["rate"], middle["rate"][0] / middle["rate"][-1]][: 2 * len(found) - 1]
         print(f"{case:25}{''.join(f'{rate:8.2f}' for rate in rates):24} {unit:9}"
               f"{' / '.join(f'{peak / 2**30:.2f}' for peak in middle['peak_bytes']):13}"
