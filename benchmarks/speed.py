@@ -240,7 +240,8 @@ def main(argv=None):
             found[side].append(json.loads(done.stdout.splitlines()[-1]))
         middle = {key: [statistics.median(run[key] for run in runs) for runs in found.values()]
                   for key in ("rate", "peak_bytes", "share")}
-        results[case] = {"unit": (unit := UNITS.get(case.split("/")[0], "tokens/s")), **middle, "runs": found}
+        unit = UNITS.get(case.split("/")[0], "tokens/s")
+        results[case] = {"unit": unit, **middle, "runs": found}
         rates = [*middle["rate"], middle["rate"][0] / middle["rate"][-1]][: 2 * len(found) - 1]
         print(f"{case:25}{''.join(f'{rate:8.2f}' for rate in rates):24} {unit:9}"
               f"{' / '.join(f'{peak / 2**30:.2f}' for peak in middle['peak_bytes']):13}"
