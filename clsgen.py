@@ -68,8 +68,8 @@ class LoRALinear(Linear):
 
     def merged(self, weight):
         """W + (alpha / rank) B A, summed in float32 and cast once to the dtype of W."""
-        low, high = self.low_rank()
-        return (weight.float() + (high @ low).detach().cpu()).to(weight.dtype)
+        a, b = self.low_rank()
+        return (weight.float() + (b @ a).detach().cpu()).to(weight.dtype)
 
 
 def add_lora(llama, rank, alpha, targets=TARGETS):

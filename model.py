@@ -119,7 +119,7 @@ class LlamaConfig:
 # --- the layers -----------------------------------------------------------------------------------
 class Linear(nn.Linear):
     """x W^T + b without initial values: the checkpoint has them, and drawing them takes seconds."""
-    packed, off = None, False
+    packed, off = None, False  # a `Packed` of this and its neighbours; True: without low_rank
 
     def reset_parameters(self):
         pass
@@ -364,7 +364,7 @@ class Llama(nn.Module):
     @torch.no_grad()
     def pack(self):
         """Puts `Packed` in place of the projections, on a CPU in bfloat16: a token of text takes
-        half of the time. For predictions only: the plain weights are gone, LoRA's too."""
+        .6 of the time. For predictions only: the plain weights are gone, LoRA's too."""
         weight, able = self.norm.weight, torch.cpu.get_capabilities().get("avx512_bf16")
         able = able and torch.backends.mkldnn.is_available() and weight.device.type == "cpu"
         if weight.dtype == torch.bfloat16 and able:
