@@ -16,6 +16,7 @@ from clsgen import TARGETS, load_run, read_adapter_config
 from data import SYSTEM, Prompts
 from model import LlamaConfig
 from train import main as train
+from train import parse
 
 # --- configs as published -------------------------------------------------------------------------
 SHARED = {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "bos_token_id": 1,
@@ -200,10 +201,13 @@ def test_other_variants_are_refused_by_name(tiny, tmp_path, settings, words):
 
 
 def test_a_flag_that_contradicts_the_adapter_is_refused(tiny, rows_file, tmp_path):
-    """Fails if --rank is silently overruled."""
+    """Fails if --rank is silently overruled, or if --targets in another order contradict it."""
     peft_adapter(tiny, tmp_path)
     with pytest.raises(ValueError, match="--rank 8: .* has 4"):
         train(["--data", str(rows_file), "--rank", "8", "--init-adapter", str(tmp_path)])
+    targets = read_adapter_config(tmp_path)["targets"]
+    flags = ["--data", str(rows_file), "--init-adapter", str(tmp_path), "--targets"]
+    assert parse(flags + targets[::-1]).targets == targets  # the order says nothing
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,11 @@ from conftest import ROOT, assert_refused, run_script, write_rows
 from safetensors.torch import load_file
 
 import eval as evaluation
-from clsgen import load_run
+from clsgen import CLSGen, add_lora, load_run
+from data import Example
+from model import load_llama
 from train import (STATE, check_arguments, epoch_order, main, micro_batches, parse,
-                   read_state, schedule)
+                   read_state, schedule, validate)
 
 
 def arguments(tiny, rows_file, out, *more):
@@ -103,6 +105,14 @@ def test_label_only_rows_have_no_place_in_lm_only_training(tiny, rows_file, tmp_
     """Fails if --cls-weight 0 silently trains on fewer rows than it was given."""
     with pytest.raises(ValueError, match="rows have none, the first is"):
         main(arguments(tiny, rows_file, tmp_path / "run", "--cls-weight", 0))
+
+
+def test_validation_without_explanations_has_no_lm_loss(tiny):
+    """Fails if rows without an answer token are reported as texts that are predicted perfectly."""
+    model = CLSGen(add_lora(load_llama(tiny, torch.float32), 2, 4.0))
+    examples = [Example(i, [3, 4, 5], [], i % 2, 0) for i in range(4)]
+    measured, z = validate(model, examples, torch.device("cpu"), 2)
+    assert measured["lm"] is None and measured["bce"] > 0 and z.shape == (4,)
 
 
 def test_keep_best_keeps_the_best_validation(tiny, rows_file, tmp_path):
