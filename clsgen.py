@@ -94,8 +94,17 @@ class CLSGen(nn.Module):
         super().__init__()
         self.model, norm = llama, llama.norm.weight
         self.score = nn.Linear(len(norm), 1, bias=False, device=norm.device)
-        # Hugging Face's initializer_range. A zero head would give LoRA no BCE gradient at first
-        nn.init.normal_(self.score.weight, std=0.02)
+
+    @torch.no_grad()
+    def start_head(self, label_ids):
+        """Starts the score head as the language model's own opinion: lm_head's row for "Yes" less
+        its row for "No" (of two lists of ids, the first that differ; zero if one begins the other).
+        z is their log-odds then, and both losses move a hidden state along the same line, as where
+        label words are the whole classifier (LM-BFF, arXiv 2012.15723)."""
+        pairs = zip(*label_ids, strict=False)
+        no, yes = next((pair for pair in pairs if pair[0] != pair[1]), (0, 0))
+        rows = self.model.output_embedding().weight
+        self.score.weight.copy_(rows[yes].float() - rows[no].float())
 
     def parameter_groups(self):
         """Every parameter once, {"lora" | "head" | "frozen": {name: parameter}}: the one place that

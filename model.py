@@ -345,7 +345,7 @@ class Llama(nn.Module):
     def _mask(self, positions, start):
         """None where plain causal attention does; else 0 or -inf to add, (B or 1, 1, T, S)."""
         window, size = self.config.sliding_window or math.inf, positions.shape[1]
-        by_hand = positions.device.type == "cpu" and size <= 1024  # see `attend`; memory is T x T
+        by_hand = positions.device.type == "cpu" and size <= 2048  # see `attend`; memory is T x T
         if start and not by_hand and size <= window:
             return None
         keys = torch.arange(int(positions.max()) + 1, device=positions.device)
@@ -356,9 +356,10 @@ class Llama(nn.Module):
     def logits(self, hidden):
         """(..., D) -> (..., V)."""
         packed = self.packed_head
-        return packed(hidden) if packed else F.linear(hidden, self._head().weight)
+        return packed(hidden) if packed else F.linear(hidden, self.output_embedding().weight)
 
-    def _head(self):
+    def output_embedding(self):
+        """The module whose weight (V, D) maps a hidden state to the vocabulary."""
         return self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
 
     @torch.no_grad()
@@ -373,7 +374,7 @@ class Llama(nn.Module):
                 for group in ((attn.q_proj, attn.k_proj, attn.v_proj), (attn.o_proj,),
                               (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)):
                     group[0].packed = Packed(*group)
-            self.packed_head = lay_out(self._head().weight)
+            self.packed_head = lay_out(self.output_embedding().weight)
             if not self.config.tie_word_embeddings:
                 self.lm_head.weight = None
         return self

@@ -388,6 +388,7 @@ def main(argv=None):
     llama = load_llama(args.model, dtype, device)
     llama.checkpointing = args.checkpointing
     model = CLSGen(add_lora(llama, args.rank, args.alpha, args.targets))
+    model.start_head(prompts.label_ids)
     groups = model.parameter_groups()
     trained = groups["lora"] | groups["head"]
     if args.init_adapter and not args.resume:

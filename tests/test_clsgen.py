@@ -58,6 +58,20 @@ def test_lora_equals_peft(tiny, targets):
     torch.testing.assert_close(ours.logits(ours(ids)), theirs(ids).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("ids, first", [
+    (([7, 4], [9, 4]), (7, 9)), (([5, 7, 4], [5, 9, 4]), (7, 9)), (([5, 4], [5, 4, 6, 4]), None)])
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_the_head_starts_as_the_models_own_log_odds(tmp_path, tied, ids, first):
+    """Fails if the sign is turned, another token is taken, or the input rows of an untied model."""
+    write_model(tmp_path, tie_word_embeddings=tied)
+    model = CLSGen(load_llama(tmp_path, torch.float32))
+    model.start_head(ids)
+    z, logits = model(collate([Example(0, [3, 4, 5], [6], 1, 0)], "cpu"))
+    odds = logits[0, first[1]] - logits[0, first[0]] if first else 0.0
+    assert z.item() == near(odds)
+
+
 def test_what_trains_is_a_partition(fresh):
     """Fails if the head is frozen, the base trains, or a parameter is in no group or in two."""
     groups = fresh.parameter_groups()

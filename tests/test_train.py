@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 from clsgen import CLSGen, add_lora, load_run
-from data import Example
+from data import Example, Prompts
 from model import load_llama
 from train import (STATE, check_arguments, epoch_order, main, micro_batches, parse,
                    read_state, schedule, validate)
@@ -84,7 +84,8 @@ def test_calibration_is_that_of_the_validation_rows(tiny, rows, rows_file, tmp_p
 @pytest.mark.parametrize("weight, scorer", [
     ("--lm-weight", "head"), ("--cls-weight", "label_token")])
 def test_the_baselines_are_the_same_loop(tiny, rows, tmp_path, weight, scorer):
-    """Fails if a zero weight still trains its part: the head must stay where it was."""
+    """Fails if a zero weight still trains its part: the head must stay where it starts, at the
+    label words."""
     path = write_rows(tmp_path / "rows.jsonl", [row for row in rows if "explanation" in row])
     main(arguments(tiny, path, tmp_path / "run", weight, 0))
     meta = json.loads((tmp_path / "run" / "clsgen.json").read_text())
@@ -98,7 +99,9 @@ def test_the_baselines_are_the_same_loop(tiny, rows, tmp_path, weight, scorer):
         assert steps[-1]["lm"] < 0.5 * steps[0]["lm"]
         main(arguments(tiny, path, tmp_path / "other", weight, 0, "--head-lr", 9))
         heads = [load_run(tmp_path / name).model.score.weight for name in ("run", "other")]
-        assert torch.equal(*heads)
+        untrained = CLSGen(load_llama(tiny, torch.float32))
+        untrained.start_head(Prompts(tiny).label_ids)
+        assert torch.equal(*heads) and torch.equal(heads[0], untrained.score.weight)
 
 
 def test_label_only_rows_have_no_place_in_lm_only_training(tiny, rows_file, tmp_path):
