@@ -223,7 +223,8 @@ def main(argv=None):
     names |= {"zero-shot": ("zero-shot label token", "")}
     names |= {title: (f"{folders[run]} {'label token' if run == 'lm' else 'head'}", run)
               for title, run in (("LM-only", "lm"), ("cls-only", "cls"), ("CLSGen", args.weight))}
-    write_json(args.out / f"real_{args.name}.json", report | about)
+    other = f"_weight{args.weight}" * (args.weight != parser.get_default("weight"))
+    write_json(args.out / f"real_{args.name}{other}.json", report | about)
     print_tables(report["metrics"])
     markdown(report | about, names)
 

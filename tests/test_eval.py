@@ -553,7 +553,8 @@ def test_figures(runs, tmp_path, monkeypatch):
 
 def test_real_results(tiny, rows, tmp_path, monkeypatch, capsys):
     """Fails if a scorer is missing, if test or validation rows are trained on, if work that is done
-    is done again, if a stopped training starts anew, or if a sweep reports other numbers."""
+    is done again, if a stopped training starts anew, if another LM weight's results replace the
+    default's, or if a sweep reports other numbers."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setitem(real.DATA, "tiny", {
         "question": "Is it bad?", "held": 0.3, "rows": 20,
@@ -581,6 +582,11 @@ def test_real_results(tiny, rows, tmp_path, monkeypatch, capsys):
     assert again["cls"]["seconds"] > 1000 and "--resume" in capsys.readouterr().out
     assert again == took | {"cls": again["cls"]}  # the others were not run again
     assert weights.read_bytes() == before
+
+    real.main([*call, "--weight", "3"])
+    assert f"{work}/tiny-3 head" in json.loads(
+        (tmp_path / "real_tiny_weight3.json").read_text())["metrics"]
+    assert json.loads((tmp_path / "real_tiny.json").read_text())["costs"] == again
 
     real.main([*call, "--sweep", "1"])  # only reads: all is there
     swept = json.loads((tmp_path / "real_tiny_sweep.json").read_text())
