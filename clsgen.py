@@ -97,10 +97,9 @@ class CLSGen(nn.Module):
 
     @torch.no_grad()
     def start_head(self, label_ids):
-        """Starts the score head as the language model's own opinion: lm_head's row for "Yes" less
-        its row for "No" (of two lists of ids, the first that differ; zero if one begins the other).
-        z is their log-odds then, and both losses move a hidden state along the same line, as where
-        label words are the whole classifier (LM-BFF, arXiv 2012.15723)."""
+        """Starts the score head at the label words: lm_head's row for "Yes" less its row for "No"
+        (of two lists of ids, the first that differ; else zero). z is their log-odds then, and both
+        losses move a hidden state along one line, as in LM-BFF (arXiv 2012.15723)."""
         pairs = zip(*label_ids, strict=False)
         no, yes = next((pair for pair in pairs if pair[0] != pair[1]), (0, 0))
         rows = self.model.output_embedding().weight
@@ -323,8 +322,7 @@ class Run:
         records = [{
             "id": example.id, "probability": own, "raw_probability": raw,
             "label_token_probability": words, "label": int(own >= threshold),
-            "threshold": threshold,
-            "explanation": None, "stated_label": None, "agree": None,
+            "threshold": threshold, "explanation": None, "stated_label": None, "agree": None,
             "tokens_cut": example.tokens_cut, "run": self.name,
             **({} if example.label is None else {"true_label": example.label}),
         } for example, (own, raw, words) in zip(examples, scores, strict=True)]
