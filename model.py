@@ -224,7 +224,9 @@ def attend(q, k, v, mask):
     if mask is None or q.device.type != "cpu":
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    return recomputed(attend_by_hand, q, k, v, mask)  # in it are the probabilities, T x T
+    if mask.shape[-1] > 1024:  # the probabilities, T x T, would be most of the memory
+        return recomputed(attend_by_hand, q, k, v, mask)
+    return attend_by_hand(q, k, v, mask)
 
 
 def attend_by_hand(q, k, v, mask):

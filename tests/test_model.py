@@ -55,12 +55,14 @@ def test_attention_by_hand_is_pytorchs(size, known):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
-def test_recomputed_parts_are_not_kept(tmp_path, monkeypatch):
-    """The same gradients to the bit, from fewer numbers (fails if the attention's probabilities,
-    T x T, the float32 of the norms or silu(gate) wait for the backward pass)."""
+@pytest.mark.parametrize("size", [29, 1030])
+def test_recomputed_parts_are_not_kept(size, tmp_path, monkeypatch):
+    """The same gradients to the bit, from fewer numbers (fails if the float32 of the norms,
+    silu(gate) or a long row's probabilities, T x T, wait for the backward pass, or if those of a
+    short row do not)."""
     write_model(tmp_path, **VARIANTS["tied"])
     llama, found = load_llama(tmp_path), []
-    ids = torch.arange(58).view(2, 29)
+    ids, c = torch.arange(2 * size).view(2, -1) % 100, llama.config
     for again in (True, False):
         if not again:
             monkeypatch.setattr("model.recomputed", lambda function, *inputs: function(*inputs))
@@ -68,16 +70,16 @@ def test_recomputed_parts_are_not_kept(tmp_path, monkeypatch):
         with torch.autograd.graph.saved_tensors_hooks(
                 lambda x, kept=kept: kept.update({x.data_ptr(): x}) or x, lambda x: x):
             loss = llama(ids).float().square().sum()
-        numbers, c = [x.numel() for x in kept.values()], llama.config
-        found.append([numbers.count(2 * c.num_attention_heads * 29 * 29),
-                      numbers.count(2 * 29 * c.intermediate_size),
+        numbers = [x.numel() for x in kept.values()]
+        found.append([numbers.count(2 * c.num_attention_heads * min(size, 256) ** 2),
+                      numbers.count(2 * size * c.intermediate_size),
                       sum(x.dtype == torch.float32 for x in kept.values())])
         found[-1].append(torch.autograd.grad(loss, llama.parameters()))
     (*few, grads), (*many, plain), layers = *found, c.num_hidden_layers
     assert all(map(torch.equal, grads, plain))
-    # the probabilities; silu(gate); x and its scale, at each of two norms
+    # the first 256 queries' probabilities; silu(gate); x and its scale, at each of two norms
     assert [more - less for more, less in zip(many, few, strict=True)] == [
-        layers, layers, 4 * layers]
+        layers * (size > 1024), layers, 4 * layers]
 
 
 @pytest.mark.parametrize("name", ["tied", "untied", "qwen2"])
