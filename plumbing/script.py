@@ -1,0 +1,114 @@
+"""What every script does: one sentence for an error, signals, the device, versions."""
+
+import ctypes
+import signal
+import sys
+import unicodedata
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+
+import torch
+
+
+def run_main(main):
+    """Runs a script's main: what a user can put right is one sentence and exit code 2."""
+    keep_freed_memory()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print("error:", printable(str(error)), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def refuse(problems):
+    """Raises one ValueError that names all problems, if there are any."""
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def printable(text):
+    """The text with its control characters escaped, so that a terminal shows it and obeys nothing.
+
+    New lines and tabs stay.
+    """
+    shown = []
+    for character in text:
+        is_control = unicodedata.category(character).startswith("C")
+        if is_control and character not in "\n\t":
+            character = ascii(character)[1:-1]
+        shown.append(character)
+    return "".join(shown)
+
+
+def pick_device(dtype, device):
+    """(torch dtype, torch device) of the flags --dtype and --device. ValueError if there is none.
+
+    device None: CUDA if there is one. dtype "auto": bfloat16, but float32 on a CPU that has no
+    instructions to multiply bfloat16.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device}: {str(error).splitlines()[0]}") from None
+
+    if dtype == "auto":
+        cpu = torch.cpu.get_capabilities()
+        slow = device.type == "cpu" and not (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+        dtype = "float32" if slow else "bfloat16"
+    name = str(dtype).removeprefix("torch.")
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype is {name}, expected float32, bfloat16 or float16")
+    return getattr(torch, name), device
+
+
+def dtype_name(dtype):
+    """torch.float32 -> "float32", as flags and files have it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def versions():
+    """{package: version} of what a result depends on."""
+    found = {"python": sys.version.split()[0]}
+    for package in ("torch", "numpy", "safetensors", "tokenizers"):
+        found[package] = version(package)
+    return found
+
+
+def keep_freed_memory():
+    """Tells glibc's malloc to keep what is freed: a tenth of a training step's time on a CPU.
+
+    By default it hands large blocks back to the system, and the next step pays for fresh pages.
+    """
+    M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
+    with suppress(OSError, AttributeError, TypeError):  # another C library has no mallopt
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)  # no block gets a mapping of its own
+        libc.mallopt(M_TRIM_THRESHOLD, 2**30)
+
+
+@contextmanager
+def stop_signals():
+    """A list that the first Ctrl-C or SIGTERM is added to, so that work can end in order.
+
+    The second one acts at once.
+    """
+    caught = []
+    handlers_before = {}
+
+    def note(number, frame):
+        caught.append(number)
+        signal.signal(number, handlers_before[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handlers_before[number] = signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        for number, handler in handlers_before.items():
+            signal.signal(number, handler)
