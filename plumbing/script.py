@@ -61,7 +61,7 @@ def pick_device(dtype, device):
         cpu = torch.cpu.get_capabilities()
         slow = device.type == "cpu" and not (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
         dtype = "float32" if slow else "bfloat16"
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     if name not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {name}, expected float32, bfloat16 or float16")
     return getattr(torch, name), device

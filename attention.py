@@ -1,0 +1,90 @@
+"""Causal attention behind one name, `attend`: PyTorch's fused kernels, or by hand where faster.
+
+Notation: B rows, T queries, S keys, H heads, K key/value heads (H / K heads share one), E head size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+BLOCK = 256  # queries at a time
+LONGEST_BY_HAND = 2048  # the mask is T x T; longer rows take PyTorch's attention
+LONGEST_KEPT = 1024  # the probabilities of longer rows would be most of training's memory
+
+
+def attend(q, k, v, mask):
+    """softmax(q k^T / sqrt(E) + mask) v: q (B, H, T, E); k, v (B, K, S, E) -> (B, H, T, E).
+
+    mask: what `causal_mask` gives. None means plain causal attention, T = S.
+    """
+    if mask is None or q.device.type != "cpu":
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    if mask.shape[-1] > LONGEST_KEPT:
+        return recomputed(attend_by_hand, q, k, v, mask)
+    return attend_by_hand(q, k, v, mask)
+
+
+def causal_mask(positions, is_prompt, window, dtype):
+    """0 where a token may look and -inf elsewhere, (B or 1, 1, T, S), to be added to the scores.
+
+    None where plain causal attention does the same and needs no mask. positions (B or 1, T) of the
+    queries; is_prompt: the rows begin with them; window: how many tokens back a token sees, or None.
+    """
+    if window is None:
+        window = math.inf
+    n_queries = positions.shape[1]
+    by_hand = positions.device.type == "cpu" and n_queries <= LONGEST_BY_HAND
+    if is_prompt and not by_hand and n_queries <= window:
+        return None
+
+    keys = torch.arange(int(positions.max()) + 1, device=positions.device)  # (S,)
+    distance = positions[:, None, :, None] - keys  # (B or 1, 1, T, S)
+    unseen = (distance < 0) | (distance >= window)
+    mask = torch.zeros(distance.shape, dtype=dtype, device=positions.device)
+    return mask.masked_fill_(unseen, -math.inf)
+
+
+def attend_by_hand(q, k, v, mask):
+    """The same as PyTorch's attention, on a CPU in about half of its time (see docs/speed.md).
+
+    The heads that share keys are rows of one product, and a block of queries meets only the keys up
+    to its last query.
+    """
+    B, H, T, E = q.shape
+    K, S = k.shape[1:3]
+    q = q / E**0.5
+    k = k.flatten(0, 1)  # (B K, S, E)
+    v = v.flatten(0, 1)
+
+    outputs = []
+    seen = S - T  # keys that stand before the first query
+    for queries, mask_part in zip(q.split(BLOCK, dim=2), mask.split(BLOCK, dim=2), strict=True):
+        size = queries.shape[2]
+        seen += size
+        keys = k[:, :seen]
+        rows = queries.reshape(B * K, -1, E)  # (B K, H / K * size, E)
+
+        # Keys of one new token are a slice of the cache, which would be copied if it came second
+        if size == 1:
+            scores = (keys @ rows.mT).mT
+        else:
+            scores = rows @ keys.mT
+        scores = scores.reshape(B, H, size, seen) + mask_part[..., :seen]
+
+        weights = scores.softmax(-1).view(B * K, -1, seen)
+        output = weights @ v[:, :seen]  # (B K, H / K * size, E)
+        outputs.append(output.view(B, H, size, E))
+    return torch.cat(outputs, dim=2)
+
+
+def recomputed(function, *inputs):
+    """function(*inputs), computed again in the backward pass instead of kept in memory until then.
+
+    For parts that take little time and much memory (activation checkpointing, arXiv 1604.06174).
+    """
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)

@@ -1,0 +1,118 @@
+"""The files of peft (github.com/huggingface/peft): LoRA and score head under its names and keys."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from clsgen import TARGETS
+from plumbing.checkpoint import compare_tensors
+from plumbing.files import read_json
+from plumbing.packed import is_packed
+
+PREFIX = "base_model.model."  # peft puts it before each name; else its names are ours
+HEAD = PREFIX + "score.weight"
+
+# Keys of adapter_config.json that are used below, or have no effect on a trained adapter
+KNOWN = set(
+    "r lora_alpha target_modules use_rslora modules_to_save task_type auto_mapping peft_version"
+    " base_model_name_or_path revision inference_mode lora_dropout megatron_core qalora_group_size"
+    " runtime_config".split()
+)
+# What other keys may say in a plain LoRA; those that are not named here, nothing
+PLAIN = {
+    "peft_type": ["LORA"],
+    "bias": ["none"],
+    "init_lora_weights": [True, False, "gaussian"],
+}
+
+
+def adapter_tensors(model):
+    """{peft's name: tensor} of a CLSGen's LoRA and head, sharing their memory.
+
+    It opens in peft as SEQ_CLS, or, without the head, as a causal LM's adapter. ValueError for a
+    packed model, whose LoRA is gone.
+    """
+    if is_packed(model.model):
+        raise ValueError("this run is packed for predictions: load_run(..., pack=False) gives one "
+                         "that can be saved or exported")
+    groups = model.parameter_groups()
+    tensors = {}
+    for name, parameter in (groups["lora"] | groups["head"]).items():
+        tensors[PREFIX + name] = parameter.detach()
+    return tensors
+
+
+def adapter_config(lora, base, reads_last_prompt_token):
+    """The content of adapter_config.json. lora: {"rank", "alpha", "targets"}; base: its folder.
+
+    peft's SEQ_CLS computes the score of the last prompt token. A read-out that computes something
+    else must not claim it: then the file describes the LoRA alone.
+    """
+    config = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS",
+        "r": lora["rank"],
+        "lora_alpha": lora["alpha"],
+        "target_modules": lora["targets"],
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "modules_to_save": ["classifier", "score"],
+        "inference_mode": True,
+        "base_model_name_or_path": base,
+    }
+    if not reads_last_prompt_token:
+        config["task_type"] = None
+        config["modules_to_save"] = None
+    return config
+
+
+def read_adapter_config(folder):
+    """peft's adapter_config.json -> {"rank", "alpha", "targets"}.
+
+    rslora's alpha / sqrt(rank) becomes the alpha of an alpha / rank. ValueError names a setting that
+    makes it more than plain LoRA.
+    """
+    path = Path(folder) / "adapter_config.json"
+    raw = read_json(path)
+    for key, value in raw.items():
+        allowed = PLAIN.get(key, [None, False, {}, []])
+        if key not in KNOWN and value not in allowed:
+            raise ValueError(f"{path}: {key} is {value!r}, which is not supported")
+
+    rank = raw.get("r")
+    alpha = raw.get("lora_alpha")
+    targets = raw.get("target_modules")
+    fits = type(rank) is int and rank > 0
+    fits = fits and type(alpha) in (int, float) and alpha > 0
+    fits = fits and isinstance(targets, list) and len(targets) > 0
+    fits = fits and all(name in TARGETS for name in targets)
+    if not fits:
+        raise ValueError(f"{path}: r is {rank!r}, lora_alpha {alpha!r}, target_modules {targets!r}; "
+                         f"expected two numbers and a list out of {', '.join(TARGETS)}")
+
+    if raw.get("use_rslora"):
+        alpha = alpha * rank**0.5
+    else:
+        alpha = float(alpha)
+    return {"rank": rank, "alpha": alpha, "targets": [name for name in TARGETS if name in targets]}
+
+
+def load_adapter(model, path, need_head=True):
+    """Copies a file of `adapter_tensors` into the model. ValueError names what does not fit.
+
+    need_head=False: a file without a head leaves the model's as it is.
+    """
+    own = adapter_tensors(model)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
+    if HEAD not in tensors and not need_head:
+        del own[HEAD]
+
+    expected = {name: tensor.shape for name, tensor in own.items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    compare_tensors(expected, found, path)
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)

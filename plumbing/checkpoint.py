@@ -1,0 +1,261 @@
+"""A Hugging Face folder to a Llama: what may be refused is refused here, by name.
+
+    llama = load_llama("models/smollm2-135m")      # config.json and *.safetensors
+    logits = llama.logits(llama(input_ids))         # (B, T) -> (B, T, D) -> (B, T, V)
+
+Nothing on this path can run code: the files are JSON and safetensors.
+"""
+
+import hashlib
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from model import FAMILIES, Llama, LlamaConfig
+from plumbing.files import read_json
+
+# --- config.json ----------------------------------------------------------------------------------
+# Keys that would change the computation, with the one value of each that is computed here
+FIXED = {
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "rope_interleaved": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
+# Keys that are read below, and keys that change nothing here
+USED = set(
+    "model_type hidden_act tie_word_embeddings attention_bias sliding_window use_sliding_window"
+    " layer_types rms_norm_eps rope_theta rope_scaling rope_parameters vocab_size hidden_size"
+    " intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
+    " max_position_embeddings".split()
+)
+HARMLESS = set(
+    "architectures _name_or_path dtype torch_dtype transformers_version use_cache bos_token_id"
+    " eos_token_id pad_token_id initializer_range pretraining_tp max_window_layers is_llama_config"
+    " transformers.js_config id2label label2id".split()
+)
+# What each rope_type has to be told
+ROPE_NUMBERS = {
+    "default": (),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+TOO_LARGE = 2**24  # for a size: below it, no product of two sizes overflows
+
+
+def read_config(raw, name="config.json"):
+    """The content of a config.json, a dict, as a LlamaConfig.
+
+    Every key is used, known to change nothing, or refused by name (ValueError). A key that is
+    unknown gives one warning line.
+    """
+
+    def expect(fits, key, value, expected):
+        if not fits:
+            raise ValueError(f"{name}: {key} is {value!r}, expected {expected}")
+
+    def number(key, source=raw):
+        value = source.get(key)
+        is_number = type(value) in (int, float) and 0 < value < math.inf
+        expect(is_number, key, value, "a number above 0")
+        return value
+
+    def size(key, default=None):
+        value = raw.get(key, default)
+        is_size = type(value) is int and 0 < value < TOO_LARGE
+        expect(is_size, key, value, "a whole number from 1 to 2^24 - 1")
+        return value
+
+    # the family, and what is fixed
+    model_type = raw.get("model_type")
+    known = isinstance(model_type, str) and model_type in FAMILIES
+    expect(known, "model_type", model_type, "one of " + ", ".join(FAMILIES))
+    family = FAMILIES[model_type]
+    for key, fixed in (("hidden_act", family.activation), *FIXED.items()):
+        value = raw.get(key, fixed)
+        expect(value == fixed, key, value, repr(fixed))
+
+    # sizes
+    vocab_size = size("vocab_size")
+    hidden_size = size("hidden_size")
+    intermediate_size = size("intermediate_size")
+    layers = size("num_hidden_layers")
+    heads = size("num_attention_heads")
+    kv_heads = size("num_key_value_heads", default=heads)  # old Llama configs leave it out
+    expect(heads % kv_heads == 0, "num_key_value_heads", kv_heads, f"a divisor of {heads}")
+    positions = size("max_position_embeddings")
+
+    head_dim = raw.get("head_dim")
+    if head_dim is None and not family.states_head_dim:
+        head_dim = hidden_size // heads
+    fits = type(head_dim) is int and head_dim > 0 and head_dim % 2 == 0
+    fits = fits and heads * head_dim < TOO_LARGE
+    expect(fits, "head_dim", head_dim, f"an even number below 2^24 / {heads}")
+
+    # rotary positions: `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters`
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    expect(isinstance(rope, dict), "rope_scaling", rope, "an object or null")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    known = isinstance(rope_type, str) and rope_type in ROPE_NUMBERS
+    expect(known, "rope_type", rope_type, "one of " + ", ".join(ROPE_NUMBERS))
+    rope_theta = number("rope_theta", {"rope_theta": 10000.0, **raw, **rope})
+    rope_scaling = None
+    if ROPE_NUMBERS[rope_type]:
+        rope_scaling = {key: number(key, rope) for key in ROPE_NUMBERS[rope_type]}
+
+    # the window: of all layers or of none. Qwen2 stores one that it does not use
+    layer_types = raw.get("layer_types") or []
+    layer_type = "sliding_attention" if family.sliding_window else "full_attention"
+    same = isinstance(layer_types, list) and all(kind == layer_type for kind in layer_types)
+    expect(same, "layer_types", layer_types, f"a list of {layer_type} only")
+    uses_window = raw.get("use_sliding_window")
+    expect(not uses_window, "use_sliding_window", uses_window, "false")
+    sliding_window = None
+    if family.sliding_window:
+        stated = "sliding_window" in raw  # where it is missing, transformers would take 4096
+        expect(stated, "sliding_window", "missing", "a number or null")
+        if raw["sliding_window"] is not None:
+            sliding_window = size("sliding_window")
+
+    # biases
+    has_bias = bool(raw.get("attention_bias"))
+    qkv_bias = has_bias if family.qkv_bias is None else family.qkv_bias
+    o_bias = has_bias if family.o_bias is None else family.o_bias
+
+    unknown = sorted(raw.keys() - USED - HARMLESS - FIXED.keys())
+    if unknown:
+        print(f"warning: {name}: unknown keys: {unknown}", file=sys.stderr)
+
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=positions,
+        rms_norm_eps=number("rms_norm_eps"),
+        rope_theta=rope_theta,
+        rope_type=rope_type,
+        rope_scaling=rope_scaling,
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
+        activation=family.activation,
+        qkv_bias=qkv_bias,
+        o_bias=o_bias,
+        qk_norm=family.qk_norm,
+        sliding_window=sliding_window,
+    )
+
+
+# --- files and names ------------------------------------------------------------------------------
+def checkpoint_files(folder):
+    """The safetensors files of a folder: those of its index if it has one, else the single file."""
+    folder = Path(folder)
+    names = ["model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = read_json(index).get("weight_map")
+        names = []
+        if isinstance(weight_map, dict):
+            names = sorted({str(name) for name in weight_map.values()})
+        elsewhere = [name for name in names if Path(name).name != name]
+        if not names or elsewhere:
+            raise ValueError(f"{index}: expected weight_map to name files in this folder")
+
+    for name in names:
+        if not os.path.isfile(folder / name):
+            raise ValueError(f"{folder}: {name} is missing")
+    return [folder / name for name in names]
+
+
+def base_fingerprint(folder):
+    """The SHA-256 of config.json, tokenizer.json and the headers of the weight files."""
+    folder = Path(folder)
+    digest = hashlib.sha256()
+    digest.update((folder / "config.json").read_bytes())
+    digest.update((folder / "tokenizer.json").read_bytes())
+    for path in checkpoint_files(folder):
+        with open(path, "rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(min(header_size, 10**8)))  # safetensors allows no larger one
+    return digest.hexdigest()
+
+
+def disk_name(name):
+    """The name of a Llama's parameter in a checkpoint."""
+    if name.startswith("lm_head."):
+        return name
+    return "model." + name
+
+
+def compare_tensors(expected, found, where):
+    """ValueError that names missing, surplus and mis-shaped tensors. Both are {name: shape}."""
+    wrong = []
+    for name in sorted(expected.keys() - found.keys()):
+        wrong.append(f"missing {name}")
+    for name in sorted(found.keys() - expected.keys()):
+        wrong.append(f"surplus {name}")
+    for name, shape in expected.items():
+        if name in found and list(found[name]) != list(shape):
+            wrong.append(f"{name} is {list(found[name])}, expected {list(shape)}")
+
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"{where}: the tensors do not fit: {'; '.join(wrong[:5])}{more}")
+
+
+# --- loading --------------------------------------------------------------------------------------
+def load_llama(folder, dtype=torch.bfloat16, device="cpu"):
+    """A Hugging Face folder as a Llama in eval mode. ValueError says what is wrong with it."""
+    files = checkpoint_files(folder)
+    config_path = Path(folder) / "config.json"
+    config = read_config(read_json(config_path), config_path)
+
+    # Tied checkpoints may repeat the embedding as lm_head; old ones store the rotary table
+    unused = ["rotary_emb.inv_freq"]
+    if config.tie_word_embeddings:
+        unused.append("lm_head.weight")
+    shapes, file_of = tensors_in(files, tuple(unused))
+    if config.num_hidden_layers > len(shapes):  # building a million layers would take for ever
+        raise ValueError(
+            f"{folder}: {config.num_hidden_layers} layers, but {len(shapes)} tensors")
+
+    with torch.device("meta"):  # shapes only: no memory is taken before the checkpoint fits
+        llama = Llama(config)
+    names = [name for name, _ in llama.named_parameters()]
+    expected = {disk_name(name): shape.shape for name, shape in llama.named_parameters()}
+    compare_tensors(expected, shapes, folder)
+
+    state = {}
+    for name in names:  # one at a time, cast as it is copied
+        with safe_open(file_of[disk_name(name)], "pt") as file:
+            tensor = file.get_tensor(disk_name(name))
+            state[name] = tensor.to(device, dtype, copy=True)
+    llama.load_state_dict(state, assign=True)
+    return llama.eval()
+
+
+def tensors_in(files, unused):
+    """({name: shape}, {name: file}) of all tensors but those whose names end in one of `unused`."""
+    shapes = {}
+    file_of = {}
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():
+                    if name.endswith(unused):
+                        continue
+                    tensor = file.get_slice(name)
+                    kind = tensor.get_dtype()
+                    if kind not in ("F64", "F32", "F16", "BF16"):  # quantised: it needs scales too
+                        raise ValueError(f"{path}: {name} is stored as {kind}, expected floats")
+                    shapes[name] = tensor.get_shape()
+                    file_of[name] = path
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
+    return shapes, file_of

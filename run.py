@@ -1,0 +1,356 @@
+"""A trained run: its folder, and the records that it predicts.
+
+    from run import load_run
+
+    run = load_run("runs/x")
+    for record in run.predict(["some text"]):
+        print(record["probability"], record["explanation"])
+
+A run folder holds everything that a prediction needs except the weights of the base model.
+Notation: N rows, B rows of a batch, D hidden size, V vocabulary, A answer tokens of a batch.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from clsgen import CLSGen, Reading, add_lora, base_model, choose_token
+from data import collate, encode_rows
+from metrics import best_f1_threshold, calibrate, sigmoid
+from plumbing.adapter import adapter_config, adapter_tensors, load_adapter
+from plumbing.checkpoint import base_fingerprint, load_llama
+from plumbing.files import read_json, write_json, write_tensors
+from plumbing.packed import pack as pack_weights
+from plumbing.script import dtype_name, pick_device, versions
+from prompts import Prompts
+
+GOLDEN_TEXT = "The quick brown fox jumps over the lazy dog, 12 times out of 30."
+
+
+# --- from a logit to a decision -------------------------------------------------------------------
+@dataclass
+class Fitted:
+    """How a run turns its logit into a probability and a decision, as found on validation rows.
+
+        z  ->  p = sigmoid(z / temperature + bias)  ->  label = (p >= threshold)
+
+    ValueError if a value cannot be.
+    """
+
+    scorer: str = "head"  # whose logit: the score head's, or "label_token"
+    temperature: float = 1.0
+    bias: float = 0.0
+    threshold: float = 0.5
+    base_rate: float = 0.5  # the share of class 1 in the training rows
+
+    def __post_init__(self):
+        numbers = (self.temperature, self.bias, self.threshold, self.base_rate)
+        fits = self.scorer in ("head", "label_token") and self.temperature > 0
+        fits = fits and all(abs(number) < 1e9 for number in numbers)  # which NaN is not
+        if not fits:
+            raise ValueError(f"clsgen.json: scorer {self.scorer!r} with temperature, bias, threshold "
+                             f"and base rate {numbers}, which cannot be")
+
+    def probability(self, z):
+        """Logits, a float64 tensor, as calibrated probabilities."""
+        return torch.sigmoid(z / self.temperature + self.bias)
+
+    def settings(self):
+        """The keys and values that clsgen.json has for it."""
+        return {
+            "scorer": self.scorer,
+            "calibration": {"temperature": self.temperature, "bias": self.bias},
+            "threshold": self.threshold,
+            "base_rate": self.base_rate,
+        }
+
+    @classmethod
+    def from_settings(cls, about):
+        calibration = about["calibration"]
+        return cls(about["scorer"], calibration["temperature"], calibration["bias"],
+                   about["threshold"], about["base_rate"])
+
+
+def fit(scorer, y, z, base_rate):
+    """(Fitted, a sentence that says what was done) from labels and raw logits of validation rows.
+
+    First the calibration by log loss, then the threshold of the best F1 on the calibrated p.
+    y, z (N,).
+    """
+    temperature, bias, sentence = calibrate(y, z)
+    p = sigmoid(np.asarray(z) / temperature + bias)
+    return Fitted(scorer, temperature, bias, best_f1_threshold(y, p), base_rate), sentence
+
+
+# --- a run ----------------------------------------------------------------------------------------
+class Run:
+    """A model and all that a prediction needs: its prompts, and what was fitted.
+
+    has_lora=False: a merged run or a base model, which has no LoRA that could be switched off.
+    """
+
+    def __init__(self, model, prompts, fitted, name="unsaved", has_lora=True):
+        self.model = model
+        self.llama = model.model
+        self.device = model.score.weight.device
+        self.prompts = prompts
+        self.fitted = fitted
+        self.name = name
+        self.has_lora = has_lora
+        self.about = {}  # the content of clsgen.json
+
+    def predict(self, rows, explain=True, batch_size=16, decide="text", choose=choose_token,
+                progress=False):
+        """Texts or row dicts -> a list of their records, in the same order.
+
+        decide="head" starts each answer with the head's decision, so that the text argues for it.
+        By default the text states a label of its own, which is what agreement measures.
+        choose(logits (B, V)) picks the next token of each row, (B,).
+        """
+        if isinstance(rows, str):
+            rows = [rows]
+        named_rows = []
+        for number, row in enumerate(rows, 1):
+            if isinstance(row, str):
+                row = {"text": row}
+            named_rows.append({"id": number, **row})
+        examples = encode_rows(named_rows, self.prompts, answers=False)
+
+        # rows of nearly one length together, so that little is padded
+        order = sorted(range(len(rows)), key=lambda i: -len(examples[i]))
+        records = [None] * len(rows)
+        for start in tqdm(range(0, len(rows), batch_size), unit="batch", disable=not progress):
+            indices = order[start : start + batch_size]
+            batch = [examples[i] for i in indices]
+            for i, record in zip(indices, self._predict_batch(batch, explain, decide, choose),
+                                 strict=True):
+                records[i] = record
+        return records
+
+    def _predict_batch(self, examples, explain, decide, choose):
+        """Examples -> their records. The prompts are read once, for p and for the text."""
+        reading = self.read(examples, explain)
+        records = self.records(examples, reading)
+        if not explain:
+            return records
+
+        decisions = []
+        if decide == "head":
+            decisions = [record["label"] for record in records]
+        tokens = torch.stack(list(self.write(reading, choose, decisions)), dim=1)  # (B, n)
+        for record, ids in zip(records, tokens.tolist(), strict=True):
+            stated, text = self.prompts.parse(self.prompts.decode(ids))
+            record["explanation"] = text
+            record["stated_label"] = stated
+            record["agree"] = stated == record["label"]
+        return records
+
+    def read(self, examples, explain=True):
+        """Examples -> a Reading of their prompts, with room for an explanation if there will be one."""
+        batch = collate(examples, self.device)
+        room = max(len(ids) for ids in self.prompts.label_ids)
+        if explain:
+            room = max(room, self.prompts.max_answer)
+        return Reading(self.model, batch.input_ids, batch.prompt_end, room)
+
+    def records(self, examples, reading):
+        """The records of a batch without their texts: an audit record for each row."""
+        no_ids, yes_ids = self.prompts.label_ids
+        no = reading.log_probability(no_ids)
+        yes = reading.log_probability(yes_ids)
+
+        # float64 on the CPU, since not every device has it: in float32 p would be 1 from z = 17 on
+        token_z = (yes - no).cpu().double()
+        if self.fitted.scorer == "head":
+            z = reading.z().cpu().double()
+        else:  # LM-only training and the base model have no trained head
+            z = token_z
+
+        p = self.fitted.probability(z).tolist()
+        raw_p = z.sigmoid().tolist()
+        token_p = token_z.sigmoid().tolist()
+        records = []
+        for i, example in enumerate(examples):
+            record = {
+                "id": example.id,
+                "probability": p[i],
+                "raw_probability": raw_p[i],
+                "label_token_probability": token_p[i],
+                "label": int(p[i] >= self.fitted.threshold),
+                "threshold": self.fitted.threshold,
+                "explanation": None,
+                "stated_label": None,
+                "agree": None,
+                "tokens_cut": example.tokens_cut,
+                "run": self.name,
+            }
+            if example.label is not None:
+                record["true_label"] = example.label
+            records.append(record)
+        return records
+
+    def write(self, reading, choose=choose_token, decisions=()):
+        """Yields the tokens (B,) of the batch's texts. `decisions`: labels that they have to state."""
+        openings = [self.prompts.label_ids[label] for label in decisions]
+        return reading.write(self.prompts.stop_ids, self.prompts.max_answer, choose, openings)
+
+    # what evaluation asks
+    def raw_logits(self, rows, batch_size=16, progress=False):
+        """(N,) logits of the run's own score, before calibration."""
+        records = self.predict(rows, False, batch_size, progress=progress)
+        p = np.array([record["raw_probability"] for record in records])
+        return np.log(p) - np.log1p(-p)
+
+    @torch.inference_mode()
+    def reference_sums(self, rows, batch_size=16, progress=False):
+        """(N, 3) sums over the tokens of each row's own explanation, in nats.
+
+        -log p(token), then KL(run || base model), and the number of tokens. Without a LoRA that
+        could be switched off the base model is not known: the KL is NaN.
+        """
+        examples = encode_rows(rows, self.prompts, refuse=False)
+        explained = [i for i, example in enumerate(examples) if example.answer]
+        order = sorted(explained, key=lambda i: -len(examples[i]))
+
+        sums = np.zeros((len(rows), 3))
+        for start in tqdm(range(0, len(order), batch_size), unit="batch", disable=not progress):
+            indices = np.array(order[start : start + batch_size])
+            batch = collate([examples[i] for i in indices], self.device)
+            _, logits = self.model(batch)
+            log_p = logits.float().log_softmax(-1)  # (A, V)
+            nll = -log_p.gather(-1, batch.targets[:, None])[:, 0]  # (A,)
+
+            kl = torch.full_like(nll, torch.nan)
+            if self.has_lora:
+                with base_model(self.model):
+                    _, logits = self.model(batch)
+                base_log_p = logits.float().log_softmax(-1)
+                kl = (log_p.exp() * (log_p - base_log_p)).sum(-1)
+
+            values = torch.stack((nll, kl, torch.ones_like(nll)), dim=1).cpu().numpy()
+            np.add.at(sums, indices[batch.answer_rows.cpu()], values)
+        return sums
+
+    # what tells this run from another
+    @torch.inference_mode()
+    def golden(self):
+        """The logit of a fixed sentence, by the read-out of all predictions, and its token ids.
+
+        It tells another base, LoRA or head apart. `read_out` is the logit of made-up hidden states:
+        no base and no precision changes it, only another head or another read-out does.
+        """
+        ids, _ = self.prompts.prompt(GOLDEN_TEXT)
+        hidden = self.llama(torch.tensor([ids], device=self.device))
+        prompt_end = torch.tensor([len(ids) - 1], device=self.device)
+        made_up, its_end = self._made_up_states()
+        return {
+            "text": GOLDEN_TEXT,
+            "ids": ids,
+            "logit": self.model.read_out(hidden, prompt_end).item(),
+            "dtype": dtype_name(self.llama.norm.weight.dtype),
+            "read_out": self.model.read_out(made_up, its_end).item(),
+        }
+
+    @torch.inference_mode()
+    def reads_last_prompt_token(self):
+        """Whether the read-out is the score of the last prompt state, as it is in peft's SEQ_CLS."""
+        made_up, its_end = self._made_up_states()
+        z = self.model.read_out(made_up, its_end)
+        last_score = self.model.score(made_up[:, its_end.item()]).squeeze(-1)
+        return torch.allclose(z, last_score, atol=1e-5)
+
+    def _made_up_states(self):
+        """Hidden states (1, 4, D) of a row whose prompt ends at its third token, and that index."""
+        size = self.model.score.in_features
+        states = torch.arange(4 * size, dtype=torch.float32).sin().view(1, 4, size)
+        return states.to(self.device), torch.tensor([2], device=self.device)
+
+
+# --- the run folder -------------------------------------------------------------------------------
+def save_run(run, folder, about):
+    """Writes adapter_model.safetensors, adapter_config.json (peft's layout) and clsgen.json.
+
+    about: {"base": its folder, "base_fingerprint", "lora": {"rank", "alpha", "targets"}} and
+    whatever else the caller wants to be on record.
+    """
+    write_tensors(folder / "adapter_model.safetensors", adapter_tensors(run.model))
+    write_json(folder / "adapter_config.json", adapter_config(
+        about["lora"], about["base"], run.reads_last_prompt_token()))
+    run.about = {
+        **about,
+        **run.fitted.settings(),
+        "prompts": run.prompts.settings(),
+        "golden": run.golden(),
+        "versions": versions(),
+    }
+    write_json(folder / "clsgen.json", run.about)
+
+
+def load_run(folder, model=None, dtype=None, device=None, pack=True):
+    """A run folder, or what export.py made of one, as a Run.
+
+    model: the folder of the base model, if it has moved. pack: False to train or to export it, see
+    plumbing/packed.py. ValueError when the base's fingerprint or the golden row says that this is
+    another model, and for whatever else does not fit.
+    """
+    folder = Path(folder)
+    about = read_json(folder / "clsgen.json")
+    try:
+        return _load_run(folder, about, model, dtype, device, pack)
+    except (KeyError, TypeError, AttributeError) as error:  # a key is gone, or of a wrong type
+        raise ValueError(f"{folder / 'clsgen.json'} does not fit: {error!r}") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{folder}: {error}") from None
+
+
+def _load_run(folder, about, model, dtype, device, pack):
+    dtype, device = pick_device(dtype or about["golden"]["dtype"], device)
+    fitted = Fitted.from_settings(about)
+
+    # the base model: the one that the run was trained on
+    is_merged = (folder / "score.safetensors").exists()
+    base = folder if is_merged else Path(model or about["base"])
+    if not os.path.isdir(base):
+        raise ValueError(f"the base model {base} is not there; --model can name it")
+    if base_fingerprint(base) != about["base_fingerprint"]:
+        raise ValueError(f"{base}: not the base of this run: other config, tokenizer or tensors")
+    llama = load_llama(base, dtype, device)
+
+    # LoRA and head
+    adapter = folder / "score.safetensors"
+    if not is_merged:
+        add_lora(llama, **about["lora"])
+        adapter = folder / "adapter_model.safetensors"
+    clsgen = CLSGen(llama).eval()
+    load_adapter(clsgen, adapter)
+    if pack:
+        pack_weights(llama)
+
+    fingerprint = hashlib.sha256((folder / "clsgen.json").read_bytes()).hexdigest()[:12]
+    prompts = Prompts(base, **about["prompts"])
+    run = Run(clsgen, prompts, fitted, fingerprint, has_lora=not is_merged)
+    run.about = about
+    compare_golden(about["golden"], run.golden())
+    return run
+
+
+def compare_golden(stored, found):
+    """ValueError when a run's golden row is not what it was when the run was saved."""
+    if stored["ids"] != found["ids"]:
+        raise ValueError("the tokenizer is not the one that this run was trained with")
+
+    read_out = stored.get("read_out", found["read_out"])  # runs of before have none
+    if not abs(read_out - found["read_out"]) <= 1e-3:
+        raise ValueError("this run was trained with another read-out or has another head: on "
+                         f"made-up states z is {found['read_out']:.4f}, expected {read_out:.4f}")
+
+    both_float32 = stored["dtype"] == found["dtype"] == "float32"
+    tolerance = 1e-3 if both_float32 else 0.25
+    if not abs(stored["logit"] - found["logit"]) <= tolerance:
+        raise ValueError(f"a fixed sentence has logit {found['logit']:.4f}, the run says "
+                         f"{stored['logit']:.4f}: other base weights, LoRA or head")
