@@ -1,6 +1,7 @@
 """Causal attention behind one name, `attend`: PyTorch's fused kernels, or by hand where faster.
 
-Notation: B rows, T queries, S keys, H heads, K key/value heads (H / K heads share one), E head size.
+Notation: B rows, T queries, S keys; H heads and K key/value heads (H / K heads share one), each of
+size E.
 """
 
 import math
@@ -31,7 +32,7 @@ def causal_mask(positions, is_prompt, window, dtype):
     """0 where a token may look and -inf elsewhere, (B or 1, 1, T, S), to be added to the scores.
 
     None where plain causal attention does the same and needs no mask. positions (B or 1, T) of the
-    queries; is_prompt: the rows begin with them; window: how many tokens back a token sees, or None.
+    queries; is_prompt: the rows begin with them; window: how many tokens a token sees, or None.
     """
     if window is None:
         window = math.inf

@@ -16,8 +16,8 @@ pass over both gives the hidden states h, and two heads read them:
 The score head reads the last prompt token and nothing else. Attention is causal, so h_P cannot know
 the answer: the probability sigmoid(z) is the same whatever is written after it.
 
-The baselines are the same loss with one weight at zero: w_lm = 0 is a plain classifier, w_cls = 0 is
-plain generative fine-tuning.
+The baselines are the same loss with one weight at zero: w_lm = 0 is a plain classifier, w_cls = 0
+is plain generative fine-tuning.
 
 Notation: B rows, T tokens, D hidden size, V vocabulary, A answer tokens of the whole batch.
 """
@@ -42,7 +42,7 @@ class CLSGen(nn.Module):
         self.score = nn.Linear(len(weight), 1, bias=False, device=weight.device)  # float32
 
     def read_out(self, hidden, prompt_end):
-        """The logit z of each row, (B,): the score head on the hidden state of the last prompt token.
+        """The logit z of each row, (B,): the score head on the state of its last prompt token.
 
         Training, prediction and the check of a run folder all come here, and nowhere else.
         hidden (B, T, D); prompt_end (B,), the index of each row's last prompt token.

@@ -28,7 +28,7 @@ def main(argv=None):
 
 
 def merge(run, base, out):
-    """Writes the run as a plain Hugging Face folder, in the dtype and the shards that its base has."""
+    """Writes the run as a plain Hugging Face folder, in the dtype and the shards of its base."""
     if not run.has_lora:
         raise ValueError("this run is merged already")
     adapted = {}  # name on disk -> LoRALinear

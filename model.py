@@ -4,8 +4,8 @@ Each block adds attention and then a gated MLP to its input, each after an RMSNo
 as rotations of queries and keys. Reference: github.com/huggingface/transformers,
 src/transformers/models/llama/modeling_llama.py. Papers: Llama, arXiv 2302.13971 and 2407.21783.
 
-Notation: B rows, T tokens of this call, S keys (those in the cache too), D hidden size, V vocabulary;
-H heads and K key/value heads, each of size E.
+Notation: B rows, T tokens of this call, S keys (those in the cache too), D hidden size, V
+vocabulary; H heads and K key/value heads, each of size E.
 """
 
 import math
@@ -130,7 +130,7 @@ class Llama(nn.Module):
         """input_ids (B, T) -> hidden states after the final norm, (B, T, D).
 
         Rows are padded on the right, so that causal attention alone keeps pads out of every token.
-        With a cache from `new_cache`: first the prompts, then more tokens at their positions (B, T).
+        With a cache of `new_cache`: first the prompts, then more tokens at their positions (B, T).
         """
         x = self.embed_tokens(input_ids)  # (B, T, D)
         B, T, _ = x.shape
@@ -184,7 +184,7 @@ def rotate(x, cos, sin):
         x = [ a_0 a_1 ... | b_0 b_1 ... ]  ->  [ a cos - b sin | b cos + a sin ]
 
     Pair i is (a_i, b_i), the layout of Hugging Face's checkpoints, and not two neighbours as in the
-    paper: a mix-up gives twenty fluent tokens, then nonsense. cos and sin as `rope_cos_sin` has them.
+    paper: a mix-up gives twenty fluent tokens, then nonsense. cos and sin are `rope_cos_sin`'s.
     """
     swapped = x.roll(x.shape[-1] // 2, dims=-1)  # [ b | a ]
     return torch.addcmul(x * cos, swapped, sin)

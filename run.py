@@ -53,8 +53,8 @@ class Fitted:
         fits = self.scorer in ("head", "label_token") and self.temperature > 0
         fits = fits and all(abs(number) < 1e9 for number in numbers)  # which NaN is not
         if not fits:
-            raise ValueError(f"clsgen.json: scorer {self.scorer!r} with temperature, bias, threshold "
-                             f"and base rate {numbers}, which cannot be")
+            raise ValueError(f"clsgen.json: scorer {self.scorer!r} with temperature, bias, "
+                             f"threshold and base rate {numbers}, which cannot be")
 
     def probability(self, z):
         """Logits, a float64 tensor, as calibrated probabilities."""
@@ -151,7 +151,7 @@ class Run:
         return records
 
     def read(self, examples, explain=True):
-        """Examples -> a Reading of their prompts, with room for an explanation if there will be one."""
+        """Examples -> a Reading of their prompts, with room for an explanation if one follows."""
         batch = collate(examples, self.device)
         room = max(len(ids) for ids in self.prompts.label_ids)
         if explain:
@@ -195,7 +195,7 @@ class Run:
         return records
 
     def write(self, reading, choose=choose_token, decisions=()):
-        """Yields the tokens (B,) of the batch's texts. `decisions`: labels that they have to state."""
+        """Yields the texts' tokens, (B,) a step. `decisions`: labels that they have to state."""
         openings = [self.prompts.label_ids[label] for label in decisions]
         return reading.write(self.prompts.stop_ids, self.prompts.max_answer, choose, openings)
 
@@ -276,7 +276,7 @@ def save_run(run, folder, about):
     """Writes adapter_model.safetensors, adapter_config.json (peft's layout) and clsgen.json.
 
     about: {"base": its folder, "base_fingerprint", "lora": {"rank", "alpha", "targets"}} and
-    whatever else the caller wants to be on record.
+    whatever else is to be on record.
     """
     write_tensors(folder / "adapter_model.safetensors", adapter_tensors(run.model))
     write_json(folder / "adapter_config.json", adapter_config(

@@ -274,8 +274,8 @@ def load_rows(args):
 
     unexplained = [row["id"] for row in train if "explanation" not in row]
     if args.cls_weight == 0 and unexplained:
-        raise ValueError(f"--cls-weight 0 trains on explanations only; {len(unexplained)} rows have "
-                         f"none, the first is {unexplained[0]!r}")
+        raise ValueError(f"--cls-weight 0 trains on explanations only; {len(unexplained)} rows "
+                         f"have none, the first is {unexplained[0]!r}")
     return train, valid
 
 
@@ -327,7 +327,7 @@ def begin_run_folder(folder, config):
 
 
 class TrainingLog:
-    """log.jsonl and the progress bar, which say the same: a sentence a step, and one a validation."""
+    """log.jsonl and the progress bar: a line for each step, and one for each validation."""
 
     def __init__(self, folder, state, steps, silent):
         self.file = open(os.devnull if silent else folder / "log.jsonl", "a")
@@ -459,7 +459,7 @@ def parse(argv=None):
 
 
 def take_over_adapter(args, parser):
-    """Sets rank, alpha and targets to those of --init-adapter. ValueError for a flag against them."""
+    """Sets rank, alpha and targets to the adapter's. ValueError for a flag that contradicts it."""
     args.targets = [name for name in TARGETS if name in args.targets]
     for name, value in read_adapter_config(args.init_adapter).items():
         given = getattr(args, name)
@@ -497,7 +497,8 @@ def check_arguments(args):
         if (args.out / "clsgen.json").exists():
             problems.append(f"{args.out} has a run already; give another --out or --overwrite")
         elif (args.out / STATE).exists():
-            problems.append(f"{args.out} has a stopped run; give --resume {args.out} or --overwrite")
+            problems.append(f"{args.out} has a stopped run; "
+                            f"give --resume {args.out} or --overwrite")
     refuse(problems)
 
 

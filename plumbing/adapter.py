@@ -70,8 +70,8 @@ def adapter_config(lora, base, reads_last_prompt_token):
 def read_adapter_config(folder):
     """peft's adapter_config.json -> {"rank", "alpha", "targets"}.
 
-    rslora's alpha / sqrt(rank) becomes the alpha of an alpha / rank. ValueError names a setting that
-    makes it more than plain LoRA.
+    rslora's alpha / sqrt(rank) becomes the alpha of an alpha / rank. ValueError names a setting
+    that makes it more than plain LoRA.
     """
     path = Path(folder) / "adapter_config.json"
     raw = read_json(path)
@@ -88,8 +88,9 @@ def read_adapter_config(folder):
     fits = fits and isinstance(targets, list) and len(targets) > 0
     fits = fits and all(name in TARGETS for name in targets)
     if not fits:
-        raise ValueError(f"{path}: r is {rank!r}, lora_alpha {alpha!r}, target_modules {targets!r}; "
-                         f"expected two numbers and a list out of {', '.join(TARGETS)}")
+        raise ValueError(f"{path}: r is {rank!r}, lora_alpha {alpha!r}, target_modules "
+                         f"{targets!r}; expected two numbers and a list out of "
+                         f"{', '.join(TARGETS)}")
 
     if raw.get("use_rslora"):
         alpha = alpha * rank**0.5

@@ -1,4 +1,4 @@
-"""Training on several GPUs: torchrun starts one process for each, and each gets a number, its rank."""
+"""Training on several GPUs: torchrun starts a process for each, and each has a number, its rank."""
 
 import os
 import sys

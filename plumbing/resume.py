@@ -1,8 +1,8 @@
 """The state of a stopped training: everything that is needed to continue exactly.
 
-The order of the rows and the initial values follow from the seed, and nothing else is random. So the
-weights, AdamW's moments and the number of the step are the whole state. It is one file, so that it
-is never half new.
+The order of the rows and the initial values follow from the seed, and nothing else is random. So
+the weights, AdamW's moments and the number of the step are the whole state. It is one file, so that
+it is never half new.
 """
 
 import hashlib

@@ -15,9 +15,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from clsgen import TARGETS, CLSGen, Run, add_lora, base_fingerprint  # noqa: E402
-from data import Prompts  # noqa: E402
-from model import Llama, LlamaConfig, disk_name, load_llama  # noqa: E402
+from clsgen import TARGETS, CLSGen, add_lora  # noqa: E402
+from model import Llama  # noqa: E402
+from plumbing.checkpoint import (  # noqa: E402
+    base_fingerprint, disk_name, load_llama, read_config)
+from prompts import Prompts  # noqa: E402
+from run import Fitted, Run, save_run  # noqa: E402
 
 CONFIG = {
     "model_type": "llama", "hidden_act": "silu", "vocab_size": 400, "hidden_size": 32,
@@ -65,7 +68,7 @@ def write_tokenizer(folder, added=("<|endoftext|>", "<|im_start|>", "<|im_end|>"
 def write_model(folder, seed=0, **changes):
     """A random model of CONFIG with `changes`, as a Hugging Face folder; returns its config."""
     raw = {**CONFIG, **changes}
-    model = Llama(LlamaConfig.from_dict(raw))
+    model = Llama(read_config(raw))
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():  # large enough that a swapped tensor shows
@@ -102,13 +105,12 @@ def make(folder):
 
 def make_run(folder, out, scorer="head"):
     """What train.py would save of such a model, with settings that are not the defaults."""
-    model, prompts = make(folder), Prompts(folder, max_answer=12)
-    run = Run(model, prompts, {
-        "base": str(folder), "base_fingerprint": base_fingerprint(folder), "scorer": scorer,
-        "prompts": prompts.settings(), "lora": {"rank": 4, "alpha": 8.0, "targets": list(TARGETS)},
-        "calibration": {"temperature": 2.0, "bias": 0.5}, "threshold": 0.6, "base_rate": 0.4})
+    fitted = Fitted(scorer, temperature=2.0, bias=0.5, threshold=0.6, base_rate=0.4)
+    run = Run(make(folder), Prompts(folder, max_answer=12), fitted)
     out.mkdir()
-    run.save(out)
+    save_run(run, out, {
+        "base": str(folder), "base_fingerprint": base_fingerprint(folder),
+        "lora": {"rank": 4, "alpha": 8.0, "targets": list(TARGETS)}})
     return run
 
 
