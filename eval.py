@@ -207,6 +207,7 @@ def prepare(out, overwrite):
 
 
 def remove_parts(out):
+    """Removes what `score_rows` has kept, and no other file."""
     for path in out.glob("scored-*.part"):
         path.unlink()
 
