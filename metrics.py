@@ -1,0 +1,749 @@
+"""How good is a probability, how good is a text, and does the text say what the probability says?
+
+In reading order: checks; ranking (AUROC); decisions at a threshold (F1); errors of p (log loss);
+calibration (ECE, CORP, slope); agreement (kappa); confidence intervals; the text; and at the end
+the two functions that put everything into one dict, `score_metrics` and `text_metrics`. Each
+function gives its definition and its source. numpy is all that it needs.
+
+A new metric is one function, and one line in a table of `score_metrics` or `text_metrics`.
+
+Notation: N rows; y (N,) labels in {0, 1}; p (N,) probabilities of class 1, in [0, 1]; yhat (N,)
+decisions in {0, 1}; z (N,) logits. All arrays may be lists. Log loss and KL are in nats.
+Where a metric is undefined, a ValueError says why.
+"""
+
+import re
+
+import numpy as np
+
+
+# --- checks ---------------------------------------------------------------------------------------
+def checked(y, p, need=()):
+    """Returns y and p as float64 arrays, or says in a ValueError what is wrong with them.
+
+    `need` names the classes that the metric cannot do without.
+    """
+    y = np.asarray(y, dtype=np.float64)
+    p = np.asarray(p, dtype=np.float64)
+    if y.ndim != 1 or y.shape != p.shape or not len(y):
+        raise ValueError(
+            f"expected two lists of one length, not empty; found {y.shape} and {p.shape}"
+        )
+
+    # NaN is no label, and fails both comparisons
+    labels_fit = np.isin(y, (0, 1)).all()
+    values_fit = p.min() >= 0 and p.max() <= 1
+    if not (labels_fit and values_fit):
+        raise ValueError(
+            "expected labels of 0 or 1 and values in [0, 1]; "
+            f"found labels {y.min():g} to {y.max():g}, values {p.min():g} to {p.max():g}"
+        )
+
+    for label in need:
+        if not (y == label).any():
+            raise ValueError(f"no row of class {label}: the metric is undefined")
+    return y, p
+
+
+def none_if_undefined(metric, *arrays):
+    """metric(*arrays), or None where that is undefined: n/a in a table, null in JSON."""
+    try:
+        return metric(*arrays)
+    except ValueError:
+        return None
+
+
+def mean_or_none(values):
+    """The mean as a float; None of an empty list, where there is nothing to measure."""
+    if not len(values):
+        return None
+    return float(np.mean(values))
+
+
+# --- ranking --------------------------------------------------------------------------------------
+def counts_by_value(y, p):
+    """Counts the rows and the positive rows at each value of p, so that ties are treated alike.
+
+    Returns three arrays (U,): the U different values of p, ascending; how many rows have each; how
+    many of these are positive.
+    """
+    values, value_of_row, rows = np.unique(p, return_inverse=True, return_counts=True)
+    positives = np.bincount(value_of_row, weights=y)
+    return values, rows, positives
+
+
+def auroc(y, p):
+    """The chance that a random positive row scores above a random negative one.
+
+        AUROC = P(p+ > p-) + P(p+ = p-) / 2
+
+    1 is a perfect ranking and .5 a random one; only the order of p matters. This is the
+    Mann-Whitney statistic (Hanley and McNeil 1982). ValueError if a class is missing.
+    """
+    y, p = checked(y, p, need=(0, 1))
+    _, rows, positives = counts_by_value(y, p)
+    negatives = rows - positives
+
+    # A positive beats the negatives below it, and half of those tied with it
+    beaten = np.cumsum(negatives) - negatives / 2
+    wins = positives @ beaten
+    return float(wins / (positives.sum() * negatives.sum()))
+
+
+def average_precision(y, p):
+    """The mean precision over all thresholds, each weighted by the recall that it adds.
+
+        AP = sum over thresholds t of precision(t) (recall(t) - recall(before t))
+
+    There is no interpolation between thresholds. A random ranking has the share of positives.
+    ValueError if there is no positive.
+    """
+    y, p = checked(y, p, need=(1,))
+    _, rows, positives = counts_by_value(y, p)
+
+    # From the highest value down, as a falling threshold adds rows
+    rows = rows[::-1]
+    positives = positives[::-1]
+    precision = np.cumsum(positives) / np.cumsum(rows)
+    return float(precision @ positives / positives.sum())
+
+
+# --- decisions ------------------------------------------------------------------------------------
+def accuracy(y, yhat):
+    """The share of decisions that are right."""
+    return 1 - brier(y, yhat)  # the squared error of a wrong decision is 1
+
+
+def f1_score(y, yhat):
+    """The harmonic mean of precision and recall of the decisions (van Rijsbergen 1979).
+
+        F1 = 2 TP / (2 TP + FP + FN)
+
+    ValueError if there is no positive among labels and decisions.
+    """
+    checked(yhat, y)  # refuses a decision that is not 0 or 1
+    y, yhat = checked(y, yhat)
+    if not (y.any() or yhat.any()):
+        raise ValueError("no positive among labels or decisions: F1 is undefined")
+
+    true_positives = y @ yhat
+    return float(2 * true_positives / (y.sum() + yhat.sum()))
+
+
+def best_f1_threshold(y, p):
+    """The highest threshold t whose decisions, 1 where p >= t, have the best F1.
+
+    t lies halfway between the lowest p that is decided as 1 and the next lower p. Thus a decision
+    does not change when p is rounded differently in another batch (by 1e-5).
+    ValueError if there is no positive.
+    """
+    y, p = checked(y, p, need=(1,))
+    values, rows, positives = counts_by_value(y, p)
+
+    # From the highest value down: F1 if this value and all above it are decided as 1
+    values = values[::-1]
+    true_positives = np.cumsum(positives[::-1])
+    decided = np.cumsum(rows[::-1])
+    f1 = 2 * true_positives / (positives.sum() + decided)
+    best = int(np.argmax(f1))
+
+    next_lower = 0.0
+    if best + 1 < len(values):
+        next_lower = values[best + 1]
+    halfway = (next_lower + values[best]) / 2
+    if halfway > next_lower:
+        return float(halfway)
+    return float(values[best])  # the two are neighbours in float64
+
+
+def risk_coverage(correct, confidence):
+    """How accuracy rises if the rows of lowest confidence are left undecided.
+
+    correct (N,) is 1 where the decision is right; confidence (N,) is in [0, 1]. Returns (coverage,
+    accuracy, best): at every cut of the confidence, ties together, the share of rows that is
+    decided and the accuracy among them; and the largest share that still has accuracy .95, 0 if
+    none has. The curve is that of selective classification (El-Yaniv and Wiener 2010).
+    """
+    correct, confidence = checked(correct, confidence)
+    _, rows, right = counts_by_value(correct, confidence)
+
+    # From the highest confidence down
+    decided = np.cumsum(rows[::-1])
+    hits = np.cumsum(right[::-1])
+    largest = decided[hits >= 0.95 * decided].max(initial=0)
+    return decided / len(correct), hits / decided, float(largest / len(correct))
+
+
+# --- errors of a probability ----------------------------------------------------------------------
+def brier(y, p):
+    """The mean squared error (p - y)^2 (Brier 1950): 0 is perfect, .25 is p = .5 everywhere."""
+    y, p = checked(y, p)
+    return float(np.mean((p - y) ** 2))
+
+
+def log_loss(y, p):
+    """The mean of -log(probability of the true class), in nats: what the score head is trained on.
+
+    p = .5 everywhere has .693. A row that is certain and wrong costs 36, not infinity: p is
+    clipped by the float64 epsilon, as in scikit-learn.
+    """
+    y, p = checked(y, p)
+    tiny = np.finfo(np.float64).eps
+    p = np.clip(p, tiny, 1 - tiny)
+    log_likelihood = np.where(y == 1, np.log(p), np.log1p(-p))
+    return float(-np.mean(log_likelihood))
+
+
+# --- calibration ----------------------------------------------------------------------------------
+def equal_mass_bins(p, bins):
+    """(N,) the bin of each row when the rows, ranked by p, are divided into equal shares.
+
+    Tied rows stay together: they go where the middle of their ranks lies.
+    """
+    if bins < 1:
+        raise ValueError(f"bins is {bins}, expected at least 1")
+    _, value_of_row, rows = np.unique(p, return_inverse=True, return_counts=True)
+    middle = (np.cumsum(rows) - rows / 2) / len(p)  # of each value's ranks, in (0, 1)
+    bin_of_value = np.floor(middle * bins).astype(np.int64)
+    return bin_of_value[value_of_row]
+
+
+def ece(y, p, bins=15):
+    """The expected calibration error: how far p is from the share of positives, on average.
+
+        ECE = sum over bins of (rows in the bin / N) |mean p - share of positives|
+
+    From Naeini et al. (2015), with bins of equal mass (Nixon et al. 2019). A perfect p does not
+    have 0 on a finite number of rows: read it next to `ece_floor`.
+    """
+    y, p = checked(y, p)
+    bin_of_row = equal_mass_bins(p, bins)
+    gaps = np.bincount(bin_of_row, weights=p - y)  # of each bin, times its rows
+    return float(np.abs(gaps).sum() / len(p))
+
+
+def ece_floor(p, bins=15, draws=1000, seed=0):
+    """(mean, 95th percentile) of the ECE that a perfectly calibrated p has on as many rows.
+
+    Labels are drawn from p itself, `draws` times (consistency resampling, Broecker and Smith 2007).
+    """
+    no_labels = np.zeros(len(p))
+    _, p = checked(no_labels, p)
+    bin_of_row = equal_mass_bins(p, bins)
+    expected = np.bincount(bin_of_row, weights=p)  # positives in each bin
+
+    # A seed of another kind than default_rng(seed), which may have simulated the rows themselves
+    rng = np.random.default_rng([seed, len(p)])
+    gaps = np.zeros((draws, len(expected)))
+    for draw in range(draws):
+        is_positive = rng.random(len(p)) < p
+        drawn = np.bincount(bin_of_row[is_positive], minlength=len(expected))
+        gaps[draw] = expected - drawn
+
+    values = np.abs(gaps).sum(axis=1) / len(p)
+    return float(values.mean()), float(np.quantile(values, 0.95))
+
+
+def isotonic(y, p):
+    """(N,) the best fit to y, in squared error, that never falls as p rises.
+
+    Pool adjacent violators (Ayer et al. 1955): values of p that are neighbours are pooled into
+    blocks until the share of positives rises from block to block; that share is the fit.
+    """
+    y, p = checked(y, p)
+    _, value_of_row, rows = np.unique(p, return_inverse=True, return_counts=True)
+    positives = np.bincount(value_of_row, weights=y).astype(np.int64)
+
+    blocks = []  # (positives, rows, values of p), from the lowest p up
+    for block_positives, block_rows in zip(positives.tolist(), rows.tolist(), strict=True):
+        block_values = 1
+        while blocks:
+            before_positives, before_rows, before_values = blocks[-1]
+            # Is the share before lower? In whole numbers, so that the comparison is exact
+            if before_positives * block_rows < block_positives * before_rows:
+                break
+            block_positives += before_positives
+            block_rows += before_rows
+            block_values += before_values
+            blocks.pop()
+        blocks.append((block_positives, block_rows, block_values))
+
+    block_positives, block_rows, block_values = np.array(blocks).T
+    fit_of_value = np.repeat(block_positives / block_rows, block_values)
+    return fit_of_value[value_of_row]
+
+
+def corp(y, p):
+    """(miscalibration, discrimination, uncertainty), the three parts of the Brier score.
+
+        Brier(p) = miscalibration - discrimination + uncertainty
+        miscalibration = Brier(p) - Brier(isotonic p)
+        discrimination = Brier(share of positives) - Brier(isotonic p)
+        uncertainty    = Brier(share of positives)
+
+    The CORP decomposition (Dimitriadis, Gneiting and Jordan 2021) has no bins to choose.
+    """
+    y, p = checked(y, p)
+    share = np.full(len(y), y.mean())
+    uncertainty = brier(y, share)
+    recalibrated = brier(y, isotonic(y, p))
+    return brier(y, p) - recalibrated, uncertainty - recalibrated, uncertainty
+
+
+def sigmoid(z):
+    """1 / (1 + exp(-z)), written with tanh, which cannot overflow."""
+    return (1 + np.tanh(np.asarray(z) / 2)) / 2
+
+
+def calibration_slope(y, p):
+    """(slope, intercept) of a logistic regression of y on logit(p) (Cox 1958).
+
+        P(y = 1) = sigmoid(slope logit(p) + intercept)
+
+    (1, 0) is ideal; a slope below 1 means that p is overconfident. p is clipped to [1e-7, 1 - 1e-7]
+    first. ValueError if a class is missing, or if one cut of p separates the classes (a constant p
+    does, too): then there is no finite fit, or more than one.
+    """
+    y, p = checked(y, p, need=(0, 1))
+    p = np.clip(p, 1e-7, 1 - 1e-7)
+    x = np.log(p) - np.log1p(-p)
+    negative = x[y == 0]
+    positive = x[y == 1]
+    if negative.max() <= positive.min() or positive.max() <= negative.min():
+        raise ValueError("one cut of p parts the classes: no finite calibration slope")
+
+    # Newton's method; about ten steps, more if the classes are almost separate
+    design = np.stack([x, np.ones_like(x)], axis=1)  # (N, 2)
+    weights = np.zeros(2)  # slope and intercept
+    for _ in range(1000):
+        fitted = sigmoid(design @ weights)
+        variance = fitted * (1 - fitted)
+        gradient = design.T @ (y - fitted)
+        hessian = (design * variance[:, None]).T @ design
+        step = np.linalg.solve(hessian, gradient)
+
+        # A full step overshoots if the classes are almost separate: the more it would change a
+        # logit, the shorter it becomes
+        largest_change = np.abs(design @ step).max()
+        weights = weights + step / (1 + largest_change)
+        if np.abs(step).max() <= 1e-10 * (1 + np.abs(weights).max()):
+            break
+    return float(weights[0]), float(weights[1])
+
+
+def calibrate(y, z):
+    """(temperature, bias, sentence): the best p = sigmoid(z / temperature + bias) by log loss.
+
+    z (N,) are raw logits of validation rows, y their labels (Platt 1999). (1, 0) where nothing can
+    be fitted; the sentence, for the user, gives the result or the reason.
+    """
+    try:
+        if len(y) < 30:
+            raise ValueError(f"{len(y)} validation rows, expected at least 30")
+        slope, bias = calibration_slope(y, sigmoid(z))
+        if slope <= 0:
+            raise ValueError(f"the score ranks these rows the wrong way (slope {slope:.3f})")
+    except ValueError as error:
+        return 1.0, 0.0, f"not calibrated: {error}"
+
+    temperature = 1 / slope
+    return temperature, bias, f"calibrated: temperature {temperature:.3f}, bias {bias:.3f}"
+
+
+# --- agreement ------------------------------------------------------------------------------------
+def cohen_kappa(a, b):
+    """How far two lists of labels agree beyond chance (Cohen 1960): 1 is perfect, 0 is chance.
+
+        kappa = (agreement - chance) / (1 - chance),  chance = sum over labels of P(a) P(b)
+
+    a, b (N,) are numbers; there may be more than two labels. ValueError if there is only one.
+    """
+    a = np.asarray(a, dtype=np.float64)
+    b = np.asarray(b, dtype=np.float64)
+    has_nan = np.isnan(a).any() or np.isnan(b).any()
+    if a.ndim != 1 or a.shape != b.shape or not len(a) or has_nan:
+        raise ValueError(f"expected two lists of one length, no NaN; found {a.shape} and {b.shape}")
+
+    labels = np.union1d(a, b)[:, None]  # (labels, 1)
+    if len(labels) == 1:
+        raise ValueError("both lists hold one label only: kappa is undefined")
+
+    share_in_a = (a == labels).mean(axis=1)
+    share_in_b = (b == labels).mean(axis=1)
+    chance = share_in_a @ share_in_b
+    agreement = np.mean(a == b)
+    return float((agreement - chance) / (1 - chance))
+
+
+def best_kappa_threshold(stated, p):
+    """The threshold t, of 201 quantiles of p, at which p >= t agrees best with the stated labels.
+
+    ValueError if one of the labels is never stated.
+    """
+    stated, p = checked(stated, p, need=(0, 1))
+    thresholds = np.quantile(p, np.linspace(0, 1, 201))
+    kappas = [cohen_kappa(stated, p >= t) for t in thresholds]
+    return thresholds[np.argmax(kappas)]
+
+
+def matched_kappa(stated, p, groups=None, seed=0):
+    """(cross-fitted, oracle) kappa of the stated labels and p >= t, with the best-matching t.
+
+    Kappa at t = .5 mostly measures whether text and p are calibrated alike; this does not.
+    Cross-fitted: a random half of the groups is decided with the t of the other half, and the other
+    way round. Oracle: all rows choose their own t, which flatters. stated, p (N,); groups as in
+    `group_numbers`. ValueError if one of the labels is never stated, in either half.
+    """
+    stated, p = checked(stated, p, need=(0, 1))
+    number = group_numbers(groups, len(p))
+    shuffled = np.random.default_rng(seed).permutation(number.max() + 1)
+    in_half = shuffled[number] % 2 == 0
+
+    cross_fitted = np.empty(len(p))
+    for decided in (in_half, ~in_half):
+        others = ~decided
+        threshold = best_kappa_threshold(stated[others], p[others])
+        cross_fitted[decided] = p[decided] >= threshold
+
+    oracle = p >= best_kappa_threshold(stated, p)
+    return cohen_kappa(stated, cross_fitted), cohen_kappa(stated, oracle)
+
+
+# --- confidence intervals -------------------------------------------------------------------------
+def group_numbers(groups, n):
+    """(n,) a number for the group of each row; a row without a group (None) is its own group.
+
+    groups: a list of n strings, numbers or None; None instead of a list: no row has a group.
+    """
+    if groups is None:
+        groups = [None] * n
+    if len(groups) != n:
+        raise ValueError(f"expected lists of one length; found {n} rows and {len(groups)} groups")
+
+    keys = []
+    for i, group in enumerate(groups):
+        if group is None:
+            keys.append(f"row {i}")
+        else:
+            keys.append(f"group {group}")
+    return np.unique(keys, return_inverse=True)[1]
+
+
+def bootstrap(metrics, y, groups, draws, seed):
+    """95 % percentile intervals of several metrics, all from the same resamples of whole groups.
+
+    metrics {name: (metric, values)} with metric(y, values) -> float and values (N, ...). Returns
+    ({name: (low, high)}, redrawn): a resample on which a metric is undefined, such as AUROC on one
+    class, is drawn again, and these are counted. From Efron (1979); for clusters, Field and Welsh
+    (2007). ValueError if a metric is undefined on the rows themselves.
+    """
+    if draws < 1:
+        raise ValueError(f"draws is {draws}, expected at least 1")
+    y = np.asarray(y)
+    number = group_numbers(groups, len(y))
+    measures = [(metric, np.asarray(values)) for metric, values in metrics.values()]
+    for metric, values in measures:
+        metric(y, values)  # undefined on the rows themselves, it would be redrawn for ever
+
+    # The rows of group g are by_group[end[g] - size[g] : end[g]]
+    by_group = np.argsort(number, kind="stable")
+    size = np.bincount(number)
+    end = np.cumsum(size)
+
+    rng = np.random.default_rng(seed)
+    results = []  # (metrics,) of each resample
+    redrawn = 0
+    while len(results) < draws:
+        picked = rng.integers(len(size), size=len(size))
+
+        # All rows of the picked groups: their ranges of `by_group` one after the other, no loop
+        picked_size = size[picked]
+        shift = end[picked] - np.cumsum(picked_size)
+        places = np.repeat(shift, picked_size) + np.arange(picked_size.sum())
+        rows = by_group[places]
+        try:
+            results.append([metric(y[rows], values[rows]) for metric, values in measures])
+        except ValueError:
+            redrawn += 1
+
+    low, high = np.percentile(results, (2.5, 97.5), axis=0).tolist()
+    limits = zip(low, high, strict=True)
+    return dict(zip(metrics, limits, strict=True)), redrawn
+
+
+def bootstrap_ci(metric, y, p, groups=None, draws=1000, seed=0):
+    """(low, high), the 95 % interval of one metric(y, p), by `bootstrap`."""
+    y, p = checked(y, p)
+    intervals, _ = bootstrap({"metric": (metric, p)}, y, groups, draws, seed)
+    return intervals["metric"]
+
+
+def difference(metric, values, others):
+    """An entry for `bootstrap`: metric(y, values) - metric(y, others), on the same resamples.
+
+    values and others have one shape, (N, ...). Row for row they are stacked to pairs (N, 2, ...),
+    so that a resample draws both together.
+    """
+
+    def of_pairs(y, pairs):
+        return metric(y, pairs[:, 0]) - metric(y, pairs[:, 1])
+
+    return of_pairs, np.stack((values, others), axis=1)
+
+
+# --- the text -------------------------------------------------------------------------------------
+WORD = re.compile(r"\w+|[^\w\s]")  # or a punctuation mark, so that collapsed text (")))") has some
+
+
+def ngrams(text, n):
+    """The runs of n words in a text, in lower case, as tuples."""
+    words = WORD.findall(text.lower())
+    starts = range(len(words) - n + 1)
+    return [tuple(words[i : i + n]) for i in starts]
+
+
+def repetition(texts):
+    """(distinct-2, rep-4): how much texts repeat each other, and how much a text repeats itself.
+
+    Distinct-2 (Li et al. 2016) is the share of different 2-grams among those of all texts; it falls
+    with the amount of text. Rep-4 (Welleck et al. 2020) is 1 - the share of different 4-grams in
+    one text, as a mean over the texts that have any. None where no text is long enough.
+    """
+    pairs = []  # of all texts together
+    repeated = []  # of each text by itself
+    for text in texts:
+        pairs.extend(ngrams(text, 2))
+        fours = ngrams(text, 4)
+        if fours:
+            repeated.append(1 - len(set(fours)) / len(fours))
+
+    distinct_2 = None
+    if pairs:
+        distinct_2 = len(set(pairs)) / len(pairs)
+    return distinct_2, mean_or_none(repeated)
+
+
+def syllables(word):
+    """The syllables of an English word: its groups of vowels, a silent e at the end left out."""
+    spoken = re.sub("(?<=[^l])e$", "", word)
+    return max(1, len(re.findall("[aeiouy]+", spoken)))
+
+
+def flesch(text):
+    """How easy an English text is to read (Flesch 1948): about 0 (hard) to 100 (easy).
+
+        206.835 - 1.015 words per sentence - 84.6 syllables per word
+
+    None for fewer than two sentences, and for collapsed text (rep-4 of .25 or more), which may
+    well get a good mark.
+    """
+    pieces = re.split(r"[.!?]+(?:\s|$)", text)
+    sentences = [piece for piece in pieces if re.search(r"\w", piece)]
+    words = re.findall(r"[^\W\d_]+", text.lower())
+    if len(sentences) < 2 or not words:
+        return None
+    _, rep_4 = repetition([text])
+    if rep_4 is not None and rep_4 >= 0.25:
+        return None
+
+    spoken = sum(map(syllables, words))
+    return 206.835 - 1.015 * len(words) / len(sentences) - 84.6 * spoken / len(words)
+
+
+def spelled(text):
+    """The words of a text between single blanks: a phrase in it is then found as whole words."""
+    return " ".join(["", *WORD.findall(text.lower()), ""])
+
+
+def evidence_phrases(row):
+    """The set of a row's evidence phrases, `spelled`, blank ones left out."""
+    phrases = row.get("evidence") or []
+    return {spelled(phrase) for phrase in phrases} - {" "}
+
+
+def evidence_scores(rows, texts, file_rows):
+    """(recall, precision, invented) of the evidence phrases that explanations cite, as whole words.
+
+    Recall: the share of a row's own phrases that its explanation cites. The phrases of all rows of
+    the file may be cited; of those that are, precision is the share that are the row's own, and
+    invented the share that the row's text does not have at all. Means over the rows that have the
+    field `evidence`; None where there is no such row.
+
+    rows: the N rows that were explained; texts: their N explanations; file_rows: all rows.
+    """
+    known = set()
+    for row in file_rows:
+        known |= evidence_phrases(row)
+
+    recall = []
+    precision = []
+    invented = []
+    for row, text in zip(rows, texts, strict=True):
+        explanation = spelled(text)
+        own = evidence_phrases(row)
+        cited = {phrase for phrase in known if phrase in explanation}
+        if own:
+            recall.append(len(cited & own) / len(own))
+        if cited and "evidence" in row:
+            row_text = spelled(row["text"])
+            precision.append(len(cited & own) / len(cited))
+            invented.append(mean_or_none([phrase not in row_text for phrase in cited]))
+    return mean_or_none(recall), mean_or_none(precision), mean_or_none(invented)
+
+
+def per_token(y, sums):
+    """The mean over all tokens, from sums over each row's tokens; y is there for `bootstrap`.
+
+    sums (N, 2): of each row, the sum over its answer tokens and their number. ValueError where
+    there is no token, or where a sum is NaN.
+    """
+    total, tokens = sums.sum(axis=0)
+    if not tokens or np.isnan(total):
+        raise ValueError("no reference explanation, or no base model to compare with")
+    return float(total / tokens)
+
+
+def collapse(predictions, sums):
+    """Is it still a language model? From the texts that it wrote, and the reference explanations.
+
+    predictions: N records of a run; sums (N, 3): its reference_sums, which are the sums of -log
+    p(token) and of KL(run || base model) over a row's reference explanation, and its tokens.
+    """
+    texts = [prediction["explanation"] for prediction in predictions]
+    distinct_2, rep_4 = repetition(texts)
+    return {
+        "parsable": mean_or_none([one["stated_label"] is not None for one in predictions]),
+        "empty": mean_or_none([not text.strip() for text in texts]),
+        "distinct_2": distinct_2,
+        "rep_4": rep_4,
+        "reference_nll": none_if_undefined(per_token, None, sums[:, [0, 2]]),
+        "base_kl": none_if_undefined(per_token, None, sums[:, [1, 2]]),
+    }
+
+
+# --- everything together --------------------------------------------------------------------------
+def score_metrics(y, p, decisions=None, groups=None, draws=1000, seed=0, true_p=None, sums=None,
+                  first=None):  # fmt: skip
+    """All metrics of one probability, as a dict; the 95 % intervals are in its `intervals`.
+
+    decisions (N,): those at the threshold of the validation rows. true_p (N,): the probability that
+    the row was simulated with, NaN where it is not known. sums (N, 2): for `per_token`.
+    first {name of a metric: p or sums of another scorer}: differences from that scorer are added.
+    groups, draws, seed: see `bootstrap`. ValueError if a class is missing.
+    """
+    y, p = checked(y, p, need=(0, 1))
+    at_half = (p >= 0.5).astype(np.float64)
+
+    # With an interval: a function of labels and values, and the values. A NEW METRIC goes here, one
+    # line; eval.py prints those that none of its tables names in a table of their own
+    resampled = {
+        "auroc": (auroc, p),
+        "average_precision": (average_precision, p),
+        "f1_half": (f1_score, at_half),
+        "accuracy": (accuracy, at_half),
+        "f1": (f1_score, decisions),
+        "log_loss": (log_loss, p),
+        "reference_nll": (per_token, sums),
+    }
+    if decisions is None:  # p was not calibrated, so there is no threshold for it
+        del resampled["f1"]
+    if sums is None:  # of the run's own score only
+        del resampled["reference_nll"]
+
+    # ... and how far each is from the first scorer's, on the same resamples
+    for name, others in (first or {}).items():
+        if name in resampled and others is not None:
+            metric, values = resampled[name]
+            resampled[name + "_difference"] = difference(metric, values, others)
+
+    result = {}
+    for name, (metric, values) in resampled.items():
+        result[name] = metric(y, values)
+    result["intervals"], result["redrawn"] = bootstrap(resampled, y, groups, draws, seed)
+
+    # Without an interval
+    miscalibration, discrimination, uncertainty = corp(y, p)
+    slope, intercept = none_if_undefined(calibration_slope, y, p) or (None, None)
+    floor, floor_q95 = ece_floor(p, 15, draws, seed)
+    coverage, accuracy_decided, coverage_at_95 = risk_coverage(y == at_half, 2 * np.abs(p - 0.5))
+
+    true_p_error = None
+    if true_p is not None:
+        errors = np.abs(p - true_p)
+        true_p_error = mean_or_none(errors[~np.isnan(errors)])
+
+    result.update({
+        "brier": brier(y, p),
+        "miscalibration": miscalibration,
+        "discrimination": discrimination,
+        "uncertainty": uncertainty,
+        "slope": slope,
+        "intercept": intercept,
+        "ece": ece(y, p),
+        "ece_floor": floor,
+        "ece_floor_q95": floor_q95,
+        "accuracy_at_80": float(accuracy_decided[coverage >= 0.8][0]),
+        "coverage_at_95": coverage_at_95,
+        "true_p_error": true_p_error,
+    })  # fmt: skip
+    return result
+
+
+STATES_NO_LABEL = np.inf  # as a class of its own, above all others
+
+
+def text_metrics(rows, predictions, sums, file_rows, seed=0):
+    """All metrics of the explanations, as a dict: of agreement with p, collapse and evidence.
+
+    rows, predictions: the N rows that were explained, and their records; sums (N, 3): their
+    reference_sums, see `collapse`; file_rows: all rows of the file, see `evidence_scores`. A value
+    is None where there is nothing to measure.
+    """
+    texts = [prediction["explanation"] for prediction in predictions]
+    p = np.array([prediction["probability"] for prediction in predictions])
+    at_half = (p >= 0.5).astype(np.int64)
+    correct = at_half == [row["label"] for row in rows]
+
+    # A text that states no label agrees with neither class
+    stated = [prediction["stated_label"] for prediction in predictions]
+    stated = np.array(stated, dtype=np.float64)  # None becomes NaN
+    stated[np.isnan(stated)] = STATES_NO_LABEL
+    agrees = at_half == stated
+
+    # The rows whose text states a label
+    states = stated != STATES_NO_LABEL
+    p_states = p[states]
+    stated_label = stated[states]
+    groups = [rows[i].get("group") for i in np.flatnonzero(states)]
+    matched = none_if_undefined(matched_kappa, stated_label, p_states, groups, seed)
+    kappa_matched, kappa_oracle = matched or (None, None)
+
+    # Leave rows undecided: first those whose text disagrees with p, then those with p near .5
+    confidence = (agrees + np.abs(p - 0.5)) / 2
+    risk = none_if_undefined(risk_coverage, correct, confidence)
+    agree_coverage_at_95 = None
+    if risk is not None:
+        agree_coverage_at_95 = risk[2]
+
+    evidence_recall, evidence_precision, evidence_invented = evidence_scores(rows, texts, file_rows)
+    marks = [mark for mark in map(flesch, texts) if mark is not None]
+
+    # A NEW METRIC of texts goes here, one line
+    return {
+        "n_explained": len(texts),
+        "n_parsable": int(states.sum()),
+        "auroc_alignment": none_if_undefined(auroc, stated_label, p_states),
+        "kappa": none_if_undefined(cohen_kappa, at_half[states], stated_label),
+        "kappa_all": none_if_undefined(cohen_kappa, at_half, stated),
+        "kappa_matched": kappa_matched,
+        "kappa_oracle": kappa_oracle,
+        "agree_share": mean_or_none(agrees),
+        "agree_accuracy": mean_or_none(correct[agrees]),
+        "agree_coverage_at_95": agree_coverage_at_95,
+        **collapse(predictions, sums),
+        "flesch": mean_or_none(marks),
+        "n_flesch": len(marks),
+        "evidence_recall": evidence_recall,
+        "evidence_precision": evidence_precision,
+        "evidence_invented": evidence_invented,
+    }
