@@ -21,9 +21,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from clsgen import load_run, run_main, versions, write_json  # noqa: E402
 from data import read_rows  # noqa: E402
-from eval import bootstrap, table  # noqa: E402
+from metrics import bootstrap  # noqa: E402
+from plumbing.files import write_json  # noqa: E402
+from plumbing.script import run_main, versions  # noqa: E402
+from plumbing.tables import table  # noqa: E402
+from run import load_run  # noqa: E402
 
 DRAWS = 5  # random controls for each row
 FUNCTION_WORDS = set(

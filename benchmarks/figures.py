@@ -17,9 +17,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from clsgen import run_main, write_atomically  # noqa: E402
-from eval import auroc, bootstrap, corp, isotonic, risk_coverage  # noqa: E402
-from model import read_json  # noqa: E402
+from metrics import auroc, bootstrap, corp, isotonic, risk_coverage  # noqa: E402
+from plumbing.files import read_json, write_atomically  # noqa: E402
+from plumbing.script import run_main  # noqa: E402
 
 LINES = [("black", "-"), ("0.45", "-"), ("black", "--"), ("0.45", "--"), ("black", ":"),
          ("0.45", ":"), ("black", "-."), ("0.45", "-.")]

@@ -18,8 +18,10 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from clsgen import run_main, write_json, write_tensors  # noqa: E402
-from model import Llama, LlamaConfig, disk_name  # noqa: E402
+from model import Llama  # noqa: E402
+from plumbing.checkpoint import disk_name, read_config  # noqa: E402
+from plumbing.files import write_json, write_tensors  # noqa: E402
+from plumbing.script import run_main  # noqa: E402
 
 ROPE = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192}
@@ -46,7 +48,7 @@ def main(argv=None):
         raise ValueError(f"{args.tokenizer}: no tokenizer.json there")
     config = COMMON | SHAPES[args.shape]
     with torch.device("meta"):
-        named = dict(Llama(LlamaConfig.from_dict(config)).named_parameters())
+        named = dict(Llama(read_config(config)).named_parameters())
     args.out.mkdir(parents=True)
     shutil.copyfile(args.tokenizer / "tokenizer.json", args.out / "tokenizer.json")
     torch.manual_seed(0)

@@ -26,10 +26,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from clsgen import run_main, write_atomically, write_json  # noqa: E402
 from data import read_rows, split_valid  # noqa: E402
 from eval import print_tables  # noqa: E402
-from model import read_json  # noqa: E402
+from plumbing.files import read_json, write_atomically, write_json  # noqa: E402
+from plumbing.script import run_main  # noqa: E402
 from tfidf import NGRAMS, bag_of_words  # noqa: E402
 
 # `rows` to train on at most; `held` back from the training file for calibration, as a share

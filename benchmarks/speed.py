@@ -27,10 +27,15 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from clsgen import TARGETS, CLSGen, Run, add_lora, choose_token, joint_loss  # noqa: E402
-from clsgen import base_fingerprint, keep_freed_memory, pick, run_main, write_json  # noqa: E402
-from data import Example, Prompts, collate, encode_rows, read_rows  # noqa: E402
-from model import load_llama  # noqa: E402
+from clsgen import (  # noqa: E402
+    TARGETS, CLSGen, Reading, add_lora, choose_token, joint_loss, total_loss)
+from data import Example, collate, encode_rows, read_rows  # noqa: E402
+from plumbing.checkpoint import base_fingerprint, load_llama  # noqa: E402
+from plumbing.files import write_json  # noqa: E402
+from plumbing.packed import pack  # noqa: E402
+from plumbing.script import keep_freed_memory, pick_device, run_main  # noqa: E402
+from prompts import Prompts  # noqa: E402
+from run import Fitted, Run  # noqa: E402
 from train import micro_batches  # noqa: E402
 
 CASES = (  # those with a dash have no peer: one of the two losses, checkpointing, no p
@@ -41,7 +46,6 @@ CASES = (  # those with a dash have no peer: one of the two losses, checkpointin
 FOR_GPU = ["train/4x2048", "train/8x4096-checkpointing"]
 UNITS = {"probability": "rows/s", "start": "starts/s"}
 NEW_TOKENS, MICRO = 48, 4
-META = {"scorer": "head", "calibration": {"temperature": 1.0, "bias": 0.0}, "threshold": 0.5}
 
 
 # --- the rows -------------------------------------------------------------------------------------
@@ -82,7 +86,7 @@ def train(args, dtype, what, mode):
     tokens = sum(len(example) for micro in micros for example in micro)
     if mode == "cls":
         micros = [[Example(e.id, e.prompt, [], e.label, 0) for e in micro] for micro in micros]
-    weights = {"lm": (0, 1), "cls": (1, 0)}.get(mode, (1, 1))
+    weights = {"bce": float(mode != "lm"), "lm": float(mode != "cls")}
     if ours:
         llama = load_llama(args.model, dtype, args.device)
         llama.checkpointing = mode == "checkpointing"
@@ -102,7 +106,8 @@ def train(args, dtype, what, mode):
         batch = collate(micro, args.device)
         if ours:
             z, logits = model(batch)
-            return joint_loss(z, batch.labels, logits, batch.targets, rows, answers, *weights)[0]
+            terms = joint_loss(z, batch.labels, logits, batch.targets, rows, answers)
+            return total_loss(terms, weights)
         lengths = torch.tensor([[len(example)] for example in micro], device=args.device)
         mask = torch.arange(batch.input_ids.shape[1], device=args.device) < lengths
         labels = torch.full_like(batch.input_ids, -100)
@@ -128,12 +133,12 @@ def predict(args, dtype, what, mode):
     count, size = len(rows) * (NEW_TOKENS if explain else 1), len(rows) if explain else 16
     if args.side == "ours":
         llama = load_llama(args.model, dtype, args.device)
-        run = Run(CLSGen(add_lora(llama, 16, 32.0) if lora else llama).eval(), prompts, META)
+        run = Run(CLSGen(add_lora(llama, 16, 32.0) if lora else llama).eval(), prompts, Fitted())
         numbers = sum(p.numel() for p in llama.parameters())
         more = {"bytes": numbers * dtype.itemsize} if what == "1" else {}
-        llama.pack()
-        if mode == "no_p":
-            run._label_token = lambda cache, last, prompt_end: last[:, 0]
+        pack(llama)
+        if mode == "no_p":  # the label words' probability costs a pass of its own
+            Reading.log_probability = lambda reading, ids: reading.last[:, 0]
 
         def never_stop(logits):  # both sides write the same number of tokens
             logits[:, prompts.stop_ids] = -torch.inf
@@ -162,11 +167,12 @@ def predict(args, dtype, what, mode):
 
 def start(args, dtype, what, mode):
     """From the command to a first logit, imports and loading included."""
-    load = {"ours": "import model; m = model.load_llama(*it).pack()",
+    load = {"ours": "from plumbing.checkpoint import load_llama; from plumbing.packed import pack; "
+                    "m = pack(load_llama(*it))",
             "theirs": "from transformers import AutoModelForSequenceClassification as a; "
                       "m = a.from_pretrained(it[0], dtype=it[1])"}
     code = (f"import torch; it = {str(args.model)!r}, {dtype}; {load[args.side]}"
-            "; m(torch.arange(99)[None])")
+            "; torch.inference_mode()(m)(torch.arange(99)[None])")
     return lambda: subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True), 1, {}
 
 
@@ -182,7 +188,7 @@ def timed(function, tries):
 
 def measure(args):
     """One side of one case, in this process -> JSON on stdout."""
-    dtype, device = pick(args.dtype, args.device)
+    dtype, device = pick_device(args.dtype, args.device)
     args.device, (kind, what) = str(device), args.case.split("/")
     what, _, mode = what.partition("-")
     torch.manual_seed(0)

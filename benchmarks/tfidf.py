@@ -12,9 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from clsgen import run_main  # noqa: E402
 from data import read_rows  # noqa: E402
-from eval import calibrate, print_tables, score_metrics, sigmoid  # noqa: E402
+from eval import print_tables  # noqa: E402
+from metrics import score_metrics, sigmoid  # noqa: E402
+from plumbing.script import run_main  # noqa: E402
+from run import Fitted, fit  # noqa: E402
 
 NGRAMS = {"TF-IDF, words": (1, 1), "TF-IDF, words and pairs": (1, 2)}
 
@@ -35,16 +37,17 @@ def bag_of_words(train, test, valid=None):
     for name, ngrams in NGRAMS.items():
         model = make_pipeline(TfidfVectorizer(ngram_range=ngrams),
                               LogisticRegression(max_iter=1000)).fit(texts(train), labels(train))
-        temperature, bias, threshold = 1.0, 0.0, 0.5
+        fitted = Fitted()
         if valid:
             z = model.decision_function(texts(valid))
-            fitted, _, sentence = calibrate(labels(valid), z)
-            (temperature, bias), threshold = fitted["calibration"].values(), fitted["threshold"]
+            fitted, sentence = fit("head", labels(valid), z, base_rate=0.5)
             print(f"{name}: {sentence}")
-        p = sigmoid(model.decision_function(texts(test)) / temperature + bias)
+
+        p = sigmoid(model.decision_function(texts(test)) / fitted.temperature + fitted.bias)
         groups = [row.get("group") for row in test]
-        columns[name] = {"calibrated": (temperature, bias) != (1.0, 0.0)} | score_metrics(
-            labels(test), p, p >= threshold, groups)
+        calibrated = (fitted.temperature, fitted.bias) != (1.0, 0.0)
+        metrics = score_metrics(labels(test), p, p >= fitted.threshold, groups)
+        columns[name] = {"calibrated": calibrated, **metrics}
     return columns
 
 
