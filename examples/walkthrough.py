@@ -47,7 +47,7 @@ title("2. The score head reads one hidden state: that of the last prompt token")
 batch = collate([example])
 end = batch.prompt_end.item()
 print(f"the row has {len(example)} tokens, {len(example.prompt)} of them the prompt")
-print(f"the head reads position {end}, the token {prompts.tokenizer.id_to_token(example.prompt[-1])!r}")
+print(f"the head reads position {end}, the token {prompts.tokenizer.decode(example.prompt[-1:])!r}")
 print(f"lm_head predicts {len(batch.targets)} answer tokens, the first from the same position "
       f"{batch.answer_positions[0].item()}")
 assert batch.answer_positions[0] == end == len(example.prompt) - 1
@@ -89,35 +89,41 @@ print(f"a row without an explanation has {len(label_only.answer)} answer tokens:
       "score head, and the LM loss never sees it")
 
 # %% 5. p cannot depend on the answer
-title("5. Another answer leaves p alone; a head on the row's last token would read the label")
-other = dict(row, label=0, explanation="Sepsis and heart failure at this age make death unlikely.")
-(other_example,) = encode_rows([other], prompts)
+title("5. Another answer leaves z alone; a head on the row's last token would read the label")
+other_row = dict(row, label=0, explanation="Good care at this age makes death unlikely.")
+(other_example,) = encode_rows([other_row], prompts)
 with torch.no_grad():
-    for name, one in (("Yes. ...", example), ("No. ...", other_example)):
+    readings = []
+    for one in (example, other_example):
         one_batch = collate([one])
         hidden = model.model(one_batch.input_ids)
-        ours = model.read_out(hidden, one_batch.prompt_end).item()
-        last_token = torch.tensor([len(one) - 1])  # what other tools read, answer included
-        leaking = model.read_out(hidden, last_token).item()
-        print(f"answer {name:9} z at the prompt's end {ours:+.6f}   at the row's last token "
-              f"{leaking:+.6f}")
-        if one is example:
-            first = ours, leaking
-assert abs(first[0] - ours) < 1e-4 < abs(first[1] - leaking)
+        z_prompt_end = model.read_out(hidden, one_batch.prompt_end).item()
+        last_token = torch.tensor([len(one) - 1])  # what other tools read, the answer included
+        z_last_token = model.read_out(hidden, last_token).item()
+        readings.append((z_prompt_end, z_last_token))
+        answer = prompts.decode(one.answer)
+        print(f"z at the prompt's end {z_prompt_end:+.4f}, at the row's last token "
+              f"{z_last_token:+.4f}, with the answer {answer!r}")
+assert abs(readings[0][0] - readings[1][0]) < 1e-4
+assert abs(readings[0][1] - readings[1][1]) > 1e-2
 
 # %% 6. One step moves both
 title("6. Optimizer steps on this row: both losses fall, through the same LoRA")
-trained = list(groups["lora"].values()) + list(groups["head"].values())
+trained = [*groups["lora"].values(), *groups["head"].values()]
 optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+history = []
 for step in range(4):
     z, logits = model(batch)
     terms = joint_loss(z, batch.labels, logits, batch.targets, 1, len(batch.targets))
-    print(f"step {step}: " + "  ".join(f"{name} {term.item():.4f}" for name, term in terms.items()))
-    losses = losses_before = terms if step == 0 else losses_before
-    total_loss(terms, {"bce": 1.0, "lm": 1.0}).backward()
+    history.append({name: term.item() for name, term in terms.items()})
+    print(f"step {step}: BCE {history[-1]['bce']:.4f}, LM loss {history[-1]['lm']:.4f}")
+
+    loss = total_loss(terms, weights={"bce": 1.0, "lm": 1.0})
+    loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-assert all(terms[name] < losses_before[name] for name in terms)
+assert history[-1]["bce"] < history[0]["bce"]
+assert history[-1]["lm"] < history[0]["lm"]
 
 # %% 7. One reading gives p and the text
 title("7. The prompt is read once; p, the label words and the text come from that reading")
@@ -131,7 +137,7 @@ print(f"p of the score head {torch.sigmoid(reading.z()).item():.3f}, of the word
       f"{torch.sigmoid(odds).item():.3f}")
 print(f"text: {prompts.decode(tokens)}")
 
-with base_model(model):
+with base_model(model):  # LoRA switched off, for comparison
     reading = Reading(model, prompt, prompt_end, room=24)
     tokens = [token.item() for token in reading.write(prompts.stop_ids, max_tokens=24)]
-print(f"the base model, LoRA switched off: {prompts.decode(tokens)}")
+print(f"the base model's text: {prompts.decode(tokens)}")

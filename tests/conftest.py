@@ -114,6 +114,20 @@ def make_run(folder, out, scorer="head"):
     return run
 
 
+def near(value):
+    return pytest.approx(float(value), abs=1e-5)
+
+
+@torch.no_grad()
+def greedy_without_cache(run, text):
+    """The token ids of the answer that a run has to write."""
+    prompt, answer = run.prompts.prompt(text)[0], []
+    while len(answer) < run.prompts.max_answer and not set(answer) & set(run.prompts.stop_ids):
+        hidden = run.llama(torch.tensor([prompt + answer]))
+        answer.append(int(run.llama.logits(hidden[0, -1]).argmax()))
+    return answer
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """The folder of a tiny random chatml model, with every kind of file that we read."""

@@ -1,34 +1,24 @@
-"""LoRA, the heads, the joint loss, the read-out contract, run folders, prediction, merging."""
-
-import json
-import shutil
-from pathlib import Path
+"""LoRA, the heads, the joint loss, the read-out contract, and text from the cache."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_refused, make, make_run, run_script, write_model
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from test_model import VARIANTS
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from conftest import greedy_without_cache, make, make_run, near, write_model
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
-from clsgen import (TARGETS, CLSGen, LoRALinear, Run, adapter_tensors, add_lora, choose_token,
-                    joint_loss, load_run, main, merge, write_atomically)
-from data import Example, Prompts, collate, encode_rows, printable
-from model import load_llama
+from clsgen import (
+    TARGETS, CLSGen, Reading, add_lora, base_model, choose_token, joint_loss, total_loss)
+from data import Example, collate, encode_rows
+from plumbing.checkpoint import load_llama
+from prompts import Prompts
 
-HEAD = "base_model.model.score.weight"
 
 
 @pytest.fixture
 def fresh(tiny):
     """A CLSGen as it is at the start of training."""
     return CLSGen(add_lora(load_llama(tiny, torch.float32), 4, 8))
-
-
-def near(value):
-    return pytest.approx(float(value), abs=1e-5)
 
 
 # --- LoRA -----------------------------------------------------------------------------------------
@@ -95,7 +85,8 @@ def test_a_step_moves_lora_and_head_and_leaves_the_base(tiny, rows, fresh):
     for _ in range(2):
         optimizer.zero_grad()
         z, logits = fresh(batch)
-        joint_loss(z, batch.labels, logits, batch.targets, 4, 0, 1.0, 1.0)[0].backward()
+        terms = joint_loss(z, batch.labels, logits, batch.targets, 4, 0)
+        total_loss(terms, {}).backward()
         optimizer.step()
     moved = {name for name, p in fresh.named_parameters() if not torch.equal(p, before[name])}
     assert moved == trained.keys()
@@ -109,7 +100,8 @@ def gradient(model, examples, size):
     for start in range(0, len(examples), size):
         batch = collate(examples[start : start + size])
         z, logits = model(batch)
-        joint_loss(z, batch.labels, logits, batch.targets, *counts, 1.0, 0.7)[0].backward()
+        terms = joint_loss(z, batch.labels, logits, batch.targets, *counts)
+        total_loss(terms, {"bce": 1.0, "lm": 0.7}).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
@@ -127,13 +119,26 @@ def test_joint_loss_is_the_two_means_and_zero_without_answers():
     loss of a window without answers is 0 / 0 or has its graph cut off."""
     z, y = torch.randn(3, requires_grad=True), torch.tensor([1.0, 0.0, 1.0])
     logits, targets = torch.randn(7, 11), torch.randint(0, 11, (7,))
-    loss, bce, lm = joint_loss(z, y, logits, targets, 3, 7, 2.0, 0.5)
-    torch.testing.assert_close(bce, F.binary_cross_entropy_with_logits(z, y))
-    torch.testing.assert_close(lm, F.cross_entropy(logits, targets))
-    torch.testing.assert_close(loss, 2 * bce + 0.5 * lm)
-    loss, _, lm = joint_loss(z, y, logits[:0], targets[:0], 3, 0, 0.0, 1.0)
+    terms = joint_loss(z, y, logits, targets, 3, 7)
+    assert list(terms) == ["bce", "lm"]
+    torch.testing.assert_close(terms["bce"], F.binary_cross_entropy_with_logits(z, y))
+    torch.testing.assert_close(terms["lm"], F.cross_entropy(logits, targets))
+    loss = total_loss(terms, {"bce": 2.0, "lm": 0.5})
+    torch.testing.assert_close(loss, 2 * terms["bce"] + 0.5 * terms["lm"])
+    terms = joint_loss(z, y, logits[:0], targets[:0], 3, 0)
+    loss = total_loss(terms, {"bce": 0.0, "lm": 1.0})
     loss.backward()
-    assert lm == 0 and loss == 0 and torch.equal(z.grad, torch.zeros(3))
+    assert terms["lm"] == 0 and loss == 0 and torch.equal(z.grad, torch.zeros(3))
+    terms["third"] = z.sum()  # a fork's own term counts without a weight of its own
+    torch.testing.assert_close(total_loss(terms, {"bce": 0.0, "lm": 1.0}), z.sum())
+
+
+@pytest.mark.parametrize("label", [2.0, -1.0, 0.5])
+def test_binary_cross_entropy_refuses_other_labels(label):
+    """Fails if a label that is not 0 or 1 trains the head all the same, as PyTorch allows."""
+    nothing = torch.zeros(0, 11), torch.zeros(0, dtype=torch.long)
+    with pytest.raises(ValueError, match="expected 0 or 1"):
+        joint_loss(torch.zeros(2), torch.tensor([1.0, label]), *nothing, 2, 0)
 
 
 # --- the read-out contract (the score sees the prompt only) ---------------------------------------
@@ -203,16 +208,6 @@ def test_an_lm_only_run_takes_the_label_token_as_its_score(tiny, rows, tmp_path)
         assert record["raw_probability"] == pytest.approx(record["label_token_probability"])
 
 
-@torch.no_grad()
-def greedy_without_cache(run, text):
-    """The answer's token ids."""
-    prompt, answer = run.prompts.prompt(text)[0], []
-    while len(answer) < run.prompts.max_answer and not set(answer) & set(run.prompts.stop_ids):
-        hidden = run.llama(torch.tensor([prompt + answer]))
-        answer.append(int(run.llama.logits(hidden[0, -1]).argmax()))
-    return answer
-
-
 def test_greedy_text_does_not_depend_on_batch_or_cache(rows, run):
     """Fails if decoding writes a row's token at the batch's position, or goes on after a stop."""
     for batch_size in (1, 5):
@@ -227,7 +222,7 @@ def test_greedy_text_does_not_depend_on_batch_or_cache(rows, run):
 @pytest.mark.parametrize("threshold", [0.0, 1.0])
 def test_decide_head_makes_the_text_state_the_decision(rows, run, threshold):
     """Fails if the answer is not started with the word of the head's decision."""
-    run.meta["threshold"] = threshold
+    run.fitted.threshold = threshold
     for record in run.predict(rows[:4], decide="head"):
         assert record["agree"] and record["stated_label"] == record["label"] == (threshold == 0)
 
@@ -241,208 +236,3 @@ def test_sampling_keeps_to_the_nucleus(temperature, top_p, weights):
     drawn = choose_token(logits, temperature, top_p, torch.Generator().manual_seed(0))
     due = torch.tensor(weights) / sum(weights)
     torch.testing.assert_close(drawn.bincount(minlength=4) / 4000, due, atol=0.03, rtol=0)
-
-
-# --- run folders ----------------------------------------------------------------------------------
-def test_a_run_opens_with_the_same_predictions(rows, run, tmp_path):
-    """Fails if a file of the run folder leaves out calibration, threshold, settings or the head."""
-    ours, theirs = run.predict(rows[:4]), load_run(tmp_path / "run").predict(rows[:4])
-    assert [r | {"run": ""} for r in ours] == [r | {"run": ""} for r in theirs]
-    assert len(theirs[0]["run"]) == 12
-
-
-def test_the_adapter_holds_exactly_lora_and_head(run, tmp_path):
-    """Fails if a base weight is saved, the head is not, or a name is not peft's."""
-    parts = {target: "mlp" if target in TARGETS[4:] else "self_attn" for target in TARGETS}
-    due = {f"base_model.model.model.layers.{layer}.{part}.{target}.lora_{ab}.weight"
-           for layer in range(2) for target, part in parts.items() for ab in "AB"}
-    assert load_file(tmp_path / "run" / "adapter_model.safetensors").keys() == due | {HEAD}
-
-
-@torch.no_grad()
-def test_peft_opens_a_run_with_the_same_logit_and_the_same_text(tiny, rows, run, tmp_path):
-    """Fails if adapter_config.json is not peft's layout, or the head goes by another name there."""
-    classifier = AutoModelForSequenceClassification.from_pretrained(
-        tiny, num_labels=1, dtype=torch.float32)
-    lm = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    classifier, lm = (PeftModel.from_pretrained(base, tmp_path / "run").eval()
-                      for base in (classifier, lm))
-    for row, record in zip(rows[:3], run.predict(rows[:3]), strict=True):
-        ids = torch.tensor([run.prompts.prompt(row["text"])[0]])
-        assert record["raw_probability"] == near(classifier(input_ids=ids).logits.sigmoid())
-        text = lm.generate(input_ids=ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
-        answer = run.prompts.decode(text.tolist())
-        assert run.prompts.parse(answer) == (record["stated_label"], record["explanation"])
-
-
-@pytest.mark.parametrize("how, words", [
-    ("random head", "fixed sentence"), ("no head", f"missing {HEAD}"),
-    ("truncated", "adapter_model.safetensors"),
-    ("base weights", "fixed sentence"),  # names and shapes agree, so the fingerprint cannot tell
-    ("base config", "not the base of"),
-])
-def test_a_run_that_does_not_fit_is_refused(run, tmp_path, how, words):
-    """Fails if a wrong base, a random head or a cut file gives predictions all the same."""
-    path, base = tmp_path / "run" / "adapter_model.safetensors", None
-    tensors = load_file(path)
-    if how == "truncated":
-        path.write_bytes(path.read_bytes()[:-9])
-    elif how == "random head":
-        save_file(tensors | {HEAD: torch.randn(1, 32)}, path)
-    elif how == "no head":
-        save_file({name: tensor for name, tensor in tensors.items() if name != HEAD}, path)
-    else:
-        base = shutil.copytree(run.meta["base"], tmp_path / "other")
-        config = json.loads((base / "config.json").read_text())
-        for file in base.glob("*.safetensors") if how == "base weights" else ():
-            save_file({name: 0.9 * tensor for name, tensor in load_file(file).items()}, file)
-        if how == "base config":
-            (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-6}))
-    with pytest.raises(ValueError, match=words):
-        load_run(tmp_path / "run", model=base)
-
-
-@torch.no_grad()
-def test_a_merged_folder_is_the_same_model(rows, run, tmp_path):
-    """Fails if merging misses a projection, scales by alpha alone, or loses the head."""
-    due = run.predict(rows[:4])
-    merge(run, Path(run.meta["base"]), tmp_path / "merged")
-    again = load_run(tmp_path / "merged")
-    for ours, theirs in zip(due, again.predict(rows[:4]), strict=True):
-        assert theirs["raw_probability"] == near(ours["raw_probability"])
-        assert theirs["explanation"] == ours["explanation"]
-    theirs, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "merged", output_loading_info=True, dtype=torch.float32)
-    assert not any(info.values())
-    ids = torch.arange(3, 30)[None]
-    logits = again.llama.logits(again.llama(ids))
-    torch.testing.assert_close(theirs(ids).logits, logits, atol=1e-4, rtol=1e-4)
-
-
-def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
-    """Fails if a failed write leaves half a file under the name, or litter beside it."""
-    def fail(*_):
-        raise OSError("disk full")
-
-    path = tmp_path / "x.json"
-    write_atomically(path, "old")
-    monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(OSError):
-        write_atomically(path, "new")
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-
-# --- the command ----------------------------------------------------------------------------------
-def test_one_text_on_the_command_line(run, tmp_path, capsys):
-    """Fails if the printed probability is not predict's, or the streamed text differs from it."""
-    text = "case 3: the result is bad"
-    main(["--run", str(tmp_path / "run"), "--text", text])
-    out = capsys.readouterr().out
-    assert f"probability of Yes: {run.predict([text])[0]['probability']:.3f}" in out
-    answer = run.prompts.decode(greedy_without_cache(run, text))
-    assert printable(answer).rstrip("\ufffd") in out
-
-
-def test_a_file_of_predictions(rows_file, rows, run, tmp_path):
-    """Fails if rows come out in another order, twice or not at all, or a file is overwritten."""
-    out = tmp_path / "p.jsonl"
-    command = f"--run {tmp_path / 'run'} --data {rows_file} --out {out} --no-explain".split()
-    main([*command, "--batch", "3"])
-    lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [line["id"] for line in lines] == [row["id"] for row in rows]
-    with pytest.raises(ValueError, match="exists"):
-        main(command)
-    main([*command, "--overwrite"])
-
-
-def test_a_stopped_prediction_goes_on_from_any_byte(rows, run, tmp_path, monkeypatch):
-    """Fails if a row is lost, doubled or computed again, or draws depend on where it stopped."""
-    data, out = tmp_path / "rows.jsonl", tmp_path / "p.jsonl"
-    data.write_text("".join(json.dumps(row | {"id": f"{row['id']}\u2028"}) + "\n" for row in rows))
-    command = f"--run {tmp_path / 'run'} --data {data} --out {out} --batch 1".split()
-    command += ["--temperature", "1"]
-    main(command)
-    due, part, predict, calls = out.read_bytes(), tmp_path / "p.jsonl.part", Run.predict, []
-    out.unlink()
-
-    def stop_at_the_third(*arguments):
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return predict(*arguments)
-
-    monkeypatch.setattr("clsgen.Run.predict", stop_at_the_third)
-    with pytest.raises(KeyboardInterrupt):
-        main(command)
-    begun = part.read_bytes()
-    assert begun.count(b"\n") == 1 + 16 and not out.exists()
-    with pytest.raises(ValueError, match="other arguments or data"):
-        main([*command, "--seed", "9"])
-    for size in (begun.index(b"\n") + 1, len(begun) // 2, len(begun) - 1, len(begun)):
-        part.write_bytes(begun[:size])
-        calls[:] = [None] * 3
-        main(command)
-        assert out.read_bytes() == due and not part.exists()
-        assert len(calls) - 3 == 5 - (begun[:size].count(b"\n") - 1) // 8, "chunks of 8 still to do"
-        out.unlink()
-
-
-@pytest.mark.parametrize("targets", [TARGETS, ("v_proj", "up_proj", "down_proj")])
-@pytest.mark.parametrize("variant", ["tied", "qwen2", "qwen3"])
-@torch.no_grad()
-def test_packed_lora_is_lora(tmp_path, variant, targets, monkeypatch):
-    """Fails if a projection gets another one's LoRA or bias, if a group of which not all have LoRA
-    slips, or if the base model cannot be had from a packed run."""
-    write_model(tmp_path, **VARIANTS[variant])
-    ids, found = torch.arange(2, 62).view(3, 20), []
-    for pack in (False, True):
-        torch.manual_seed(0)
-        llama = add_lora(load_llama(tmp_path, torch.bfloat16), 4, 8.0, targets)
-        for name, parameter in llama.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.3)
-        llama = llama.pack() if pack else llama
-        found.append([llama(ids)])
-        with monkeypatch.context() as patch:
-            patch.setattr(LoRALinear, "off", True)
-            found[-1].append(llama(ids))
-    if not llama.packed_head:
-        pytest.skip("nothing is packed on this processor")
-    left = [name for name, _ in llama.named_parameters() if "proj" in name]
-    assert all(name.endswith("bias") for name in left)
-    base = load_llama(tmp_path, torch.bfloat16)(ids)
-    for (lora, off), name in zip(found, ("plain", "packed"), strict=True):
-        torch.testing.assert_close(lora, found[0][0], atol=0.02, rtol=0.02, msg=name)
-        torch.testing.assert_close(off, base, atol=0.02, rtol=0.02, msg=name)
-    assert (found[0][0] - base).abs().mean() > 0.2
-
-
-def test_a_packed_run_is_not_saved(tiny):
-    """Fails if a run without its LoRA weights, packed for predictions, is written as if whole."""
-    model = CLSGen(add_lora(load_llama(tiny, torch.bfloat16), 4, 8.0))
-    assert len(adapter_tensors(model)) == 29
-    if model.model.pack().packed_head:  # not on every processor
-        with pytest.raises(ValueError, match="pack=False"):
-            adapter_tensors(model)
-
-
-@pytest.mark.parametrize("change", [
-    {"golden": None}, {"threshold": "x"}, {"lora": {}}, {"prompts": {"format": "x"}},
-    {"scorer": None}, {"calibration": {}}, {"golden": {"dtype": "x"}}, {"base": "x"},
-    {"lora": {"rank": 0, "alpha": 8.0, "targets": ["q_proj"]}}])
-def test_a_malformed_clsgen_json_is_one_sentence(run, tmp_path, change):
-    """Fails if a missing or ill-typed key ends in a traceback, now or after minutes of work."""
-    path = tmp_path / "run" / "clsgen.json"
-    meta = {**json.loads(path.read_text()), **change}
-    path.write_text(json.dumps({key: value for key, value in meta.items() if value is not None}))
-    with pytest.raises(ValueError, match="clsgen.json|not there|LoRA rank 0"):
-        load_run(tmp_path / "run")
-
-
-@pytest.mark.parametrize("arguments, words", [
-    ("", "--text or --data"), ("--data x", "--out is missing"), ("merge", "--out is missing"),
-    ("--text a --top-p 0 --batch 0", "--batch 0"), ("--text a", "nowhere")])
-def test_a_wrong_call_is_one_sentence_and_exit_code_2(arguments, words):
-    """Fails if a user's mistake ends in a traceback, or in exit code 0 or 1."""
-    done = run_script("clsgen.py", *arguments.split(), "--run", "nowhere")
-    assert_refused(done, "error: ", words)

@@ -1,0 +1,58 @@
+"""Files that are whole or not there, and jobs that continue."""
+
+import pytest
+
+from plumbing.files import continue_job, write_atomically
+
+
+
+def test_writing_is_all_or_nothing(tmp_path, monkeypatch):
+    """Fails if a failed write leaves half a file under the name, or litter beside it."""
+    def fail(*_):
+        raise OSError("disk full")
+
+    path = tmp_path / "x.json"
+    write_atomically(path, "old")
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(OSError):
+        write_atomically(path, "new")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_job_continues_from_any_byte(tmp_path):
+    """Fails if a result is lost, doubled or computed again, or if half a line is taken for one."""
+    part, asked = tmp_path / "x.part", []
+
+    def work(unit):
+        asked.append(unit)
+        return {"unit": unit, "text": "a\u2028b\n é"}
+
+    def run(units=range(5), **about):
+        return list(continue_job(part, {"seed": 1, **about}, units, work))
+
+    due = run()
+    assert asked == list(range(5)) and due[3] == {"unit": 3, "text": "a\u2028b\n é"}
+    begun = part.read_bytes()
+    for size in range(len(begun) + 1):
+        part.write_bytes(begun[:size])
+        asked.clear()
+        whole = max(begun[:size].count(b"\n") - 1, 0)
+        assert run() == due and asked == list(range(5))[whole:]
+        assert part.read_bytes() == begun
+
+
+def test_a_job_of_another_kind_is_refused(tmp_path):
+    """Fails if results of other arguments are taken for these, or cannot be replaced when asked."""
+    part = tmp_path / "x.part"
+    list(continue_job(part, {"seed": 1}, [1, 2], str))
+    with pytest.raises(ValueError, match="x.part was begun with other arguments"):
+        list(continue_job(part, {"seed": 2}, [1, 2], str))
+    assert list(continue_job(part, {"seed": 2}, [1], repr, overwrite=True)) == ["1"]
+
+
+def test_a_job_that_fails_keeps_what_it_has(tmp_path):
+    """Fails if an error loses the results before it."""
+    part = tmp_path / "x.part"
+    with pytest.raises(ZeroDivisionError):
+        list(continue_job(part, {}, [2, 1, 0, 5], lambda n: 2 / n))
+    assert list(continue_job(part, {}, [2, 1], lambda n: 1 / 0)) == [1.0, 2.0]

@@ -1,0 +1,74 @@
+"""The prediction command: one text, a file, a stop in the middle."""
+
+import json
+
+import pytest
+from conftest import assert_refused, greedy_without_cache, run_script
+
+from plumbing.script import printable
+from predict import main
+from run import Run
+
+
+
+def test_one_text_on_the_command_line(run, tmp_path, capsys):
+    """Fails if the printed probability is not predict's, or the streamed text differs from it."""
+    text = "case 3: the result is bad"
+    main(["--run", str(tmp_path / "run"), "--text", text])
+    out = capsys.readouterr().out
+    assert f"probability of Yes: {run.predict([text])[0]['probability']:.3f}" in out
+    answer = run.prompts.decode(greedy_without_cache(run, text))
+    assert printable(answer).rstrip("\ufffd") in out
+
+
+def test_a_file_of_predictions(rows_file, rows, run, tmp_path):
+    """Fails if rows come out in another order, twice or not at all, or a file is overwritten."""
+    out = tmp_path / "p.jsonl"
+    command = f"--run {tmp_path / 'run'} --data {rows_file} --out {out} --no-explain".split()
+    main([*command, "--batch", "3"])
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["id"] for line in lines] == [row["id"] for row in rows]
+    with pytest.raises(ValueError, match="exists"):
+        main(command)
+    main([*command, "--overwrite"])
+
+
+def test_a_stopped_prediction_goes_on_from_any_byte(rows, run, tmp_path, monkeypatch):
+    """Fails if a row is lost, doubled or computed again, or draws depend on where it stopped."""
+    data, out = tmp_path / "rows.jsonl", tmp_path / "p.jsonl"
+    data.write_text("".join(json.dumps(row | {"id": f"{row['id']}\u2028"}) + "\n" for row in rows))
+    command = f"--run {tmp_path / 'run'} --data {data} --out {out} --batch 1".split()
+    command += ["--temperature", "1"]
+    main(command)
+    due, part, predict, calls = out.read_bytes(), tmp_path / "p.jsonl.part", Run.predict, []
+    out.unlink()
+
+    def stop_at_the_third(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return predict(*arguments)
+
+    monkeypatch.setattr("run.Run.predict", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        main(command)
+    begun = part.read_bytes()
+    assert begun.count(b"\n") == 1 + 2 and not out.exists()  # what it is, and two chunks of 8
+    with pytest.raises(ValueError, match="other arguments or other data"):
+        main([*command, "--seed", "9"])
+    for size in (begun.index(b"\n") + 1, len(begun) // 2, len(begun) - 1, len(begun)):
+        part.write_bytes(begun[:size])
+        calls[:] = [None] * 3
+        main(command)
+        assert out.read_bytes() == due and not part.exists()
+        assert len(calls) - 3 == 5 - (begun[:size].count(b"\n") - 1), "chunks of 8 still to do"
+        out.unlink()
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ("", "--text or --data"), ("--data x", "--out is missing"),
+    ("--text a --top-p 0 --batch 0", "--batch is 0"), ("--text a", "nowhere")])
+def test_a_wrong_call_is_one_sentence_and_exit_code_2(arguments, words):
+    """Fails if a user's mistake ends in a traceback, or in exit code 0 or 1."""
+    done = run_script("predict.py", *arguments.split(), "--run", "nowhere")
+    assert_refused(done, "error: ", words)

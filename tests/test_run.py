@@ -1,0 +1,146 @@
+"""Run folders: what they hold, what they refuse, and that peft opens them."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import make_run, near
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from clsgen import TARGETS, CLSGen
+from run import Fitted, load_run, save_run
+
+HEAD = "base_model.model.score.weight"
+
+
+
+def test_a_run_opens_with_the_same_predictions(rows, run, tmp_path):
+    """Fails if a file of the run folder leaves out calibration, threshold, settings or the head."""
+    ours, theirs = run.predict(rows[:4]), load_run(tmp_path / "run").predict(rows[:4])
+    assert [r | {"run": ""} for r in ours] == [r | {"run": ""} for r in theirs]
+    assert len(theirs[0]["run"]) == 12
+
+
+def test_the_adapter_holds_exactly_lora_and_head(run, tmp_path):
+    """Fails if a base weight is saved, the head is not, or a name is not peft's."""
+    parts = {target: "mlp" if target in TARGETS[4:] else "self_attn" for target in TARGETS}
+    due = {f"base_model.model.model.layers.{layer}.{part}.{target}.lora_{ab}.weight"
+           for layer in range(2) for target, part in parts.items() for ab in "AB"}
+    assert load_file(tmp_path / "run" / "adapter_model.safetensors").keys() == due | {HEAD}
+
+
+@torch.no_grad()
+def test_peft_opens_a_run_with_the_same_logit_and_the_same_text(tiny, rows, run, tmp_path):
+    """Fails if adapter_config.json is not peft's layout, or the head goes by another name there."""
+    classifier = AutoModelForSequenceClassification.from_pretrained(
+        tiny, num_labels=1, dtype=torch.float32)
+    lm = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    classifier, lm = (PeftModel.from_pretrained(base, tmp_path / "run").eval()
+                      for base in (classifier, lm))
+    for row, record in zip(rows[:3], run.predict(rows[:3]), strict=True):
+        ids = torch.tensor([run.prompts.prompt(row["text"])[0]])
+        assert record["raw_probability"] == near(classifier(input_ids=ids).logits.sigmoid())
+        text = lm.generate(input_ids=ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+        answer = run.prompts.decode(text.tolist())
+        assert run.prompts.parse(answer) == (record["stated_label"], record["explanation"])
+
+
+@pytest.mark.parametrize("how, words", [
+    ("random head", "made-up states"), ("no head", f"missing {HEAD}"),
+    ("truncated", "adapter_model.safetensors"),
+    ("base weights", "fixed sentence"),  # names and shapes agree, so the fingerprint cannot tell
+    ("base config", "not the base of"),
+])
+def test_a_run_that_does_not_fit_is_refused(run, tmp_path, how, words):
+    """Fails if a wrong base, a random head or a cut file gives predictions all the same."""
+    path, base = tmp_path / "run" / "adapter_model.safetensors", None
+    tensors = load_file(path)
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:-9])
+    elif how == "random head":
+        save_file(tensors | {HEAD: torch.randn(1, 32)}, path)
+    elif how == "no head":
+        save_file({name: tensor for name, tensor in tensors.items() if name != HEAD}, path)
+    else:
+        base = shutil.copytree(run.about["base"], tmp_path / "other")
+        config = json.loads((base / "config.json").read_text())
+        for file in base.glob("*.safetensors") if how == "base weights" else ():
+            save_file({name: 0.9 * tensor for name, tensor in load_file(file).items()}, file)
+        if how == "base config":
+            (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-6}))
+    with pytest.raises(ValueError, match=words):
+        load_run(tmp_path / "run", model=base)
+
+
+@pytest.mark.parametrize("change", [
+    {"golden": None}, {"threshold": "x"}, {"lora": {}}, {"prompts": {"format": "x"}},
+    {"scorer": None}, {"calibration": {}}, {"golden": {"dtype": "x"}}, {"base": "x"},
+    {"lora": {"rank": 0, "alpha": 8.0, "targets": ["q_proj"]}}])
+def test_a_malformed_clsgen_json_is_one_sentence(run, tmp_path, change):
+    """Fails if a missing or ill-typed key ends in a traceback, now or after minutes of work."""
+    path = tmp_path / "run" / "clsgen.json"
+    meta = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps({key: value for key, value in meta.items() if value is not None}))
+    with pytest.raises(ValueError, match="clsgen.json|not there|LoRA's rank is 0"):
+        load_run(tmp_path / "run")
+
+
+def mean_of_the_prompt(model, hidden, prompt_end):
+    """A fork's read-out: the mean state of the prompt's tokens."""
+    places = torch.arange(hidden.shape[1], device=hidden.device)
+    in_prompt = (places <= prompt_end[:, None])[..., None]  # (B, T, 1)
+    mean = (hidden * in_prompt).sum(1) / in_prompt.sum(1)
+    return model.score(mean.float()).squeeze(-1)
+
+
+def test_a_run_of_another_read_out_is_refused(run, rows, tmp_path, monkeypatch):
+    """Fails if a run that was trained with one read-out predicts with another, on either side."""
+    monkeypatch.setattr(CLSGen, "read_out", mean_of_the_prompt)
+    with pytest.raises(ValueError, match="another read-out"):
+        load_run(tmp_path / "run")
+    (tmp_path / "fork").mkdir()
+    save_run(run, tmp_path / "fork", run.about)
+    predicted = load_run(tmp_path / "fork").predict(rows[:2], explain=False)
+    hidden = run.llama(torch.tensor([run.prompts.prompt(rows[0]["text"])[0]]))
+    pooled = run.model.score(hidden.mean(1)).sigmoid()
+    assert predicted[0]["raw_probability"] == near(pooled)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="another read-out"):
+        load_run(tmp_path / "fork")
+
+
+def test_seq_cls_is_claimed_only_where_peft_computes_the_same(run, tmp_path, monkeypatch):
+    """Fails if a fork's adapter opens in peft as a classifier with another logit."""
+    for read_out, task in ((CLSGen.read_out, "SEQ_CLS"), (mean_of_the_prompt, None)):
+        monkeypatch.setattr(CLSGen, "read_out", read_out)
+        save_run(run, tmp_path / "run", run.about)
+        config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+        assert config["task_type"] == task and bool(config["modules_to_save"]) == bool(task)
+
+
+def test_a_run_of_before_has_no_read_out_on_record_and_opens(run, rows, tmp_path):
+    """Fails if older run folders are refused for a key that they cannot have."""
+    path = tmp_path / "run" / "clsgen.json"
+    about = json.loads(path.read_text())
+    del about["golden"]["read_out"]
+    path.write_text(json.dumps(about))
+    ours, theirs = run.predict(rows[:2]), load_run(tmp_path / "run").predict(rows[:2])
+    assert [r | {"run": ""} for r in ours] == [r | {"run": ""} for r in theirs]
+
+
+def test_a_string_is_one_text(run):
+    """Fails if a string is taken for a list of its characters."""
+    (record,) = run.predict("the result is bad")
+    (same,) = run.predict(["the result is bad"])
+    assert record == same
+
+
+@pytest.mark.parametrize("changes", [
+    {"scorer": "x"}, {"temperature": 0.0}, {"bias": float("nan")}, {"threshold": float("inf")}])
+def test_values_that_cannot_be_fitted_are_refused(changes):
+    """Fails if a damaged calibration turns every p into NaN or every decision into one class."""
+    with pytest.raises(ValueError, match="which cannot be"):
+        Fitted(**changes)
