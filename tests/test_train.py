@@ -16,11 +16,15 @@ from conftest import ROOT, assert_refused, run_script, write_rows
 from safetensors.torch import load_file
 
 import eval as evaluation
-from clsgen import CLSGen, add_lora, load_run
-from data import Example, Prompts
-from model import load_llama
-from train import (STATE, check_arguments, epoch_order, main, micro_batches, parse,
-                   read_state, schedule, validate)
+from clsgen import CLSGen, add_lora
+from data import Example
+from metrics import auroc, best_f1_threshold, calibrate
+from plumbing.checkpoint import load_llama
+from plumbing.resume import STATE, read_state
+from prompts import Prompts
+from run import load_run
+from train import (
+    check_arguments, epoch_order, main, micro_batches, parse, schedule, validate)
 
 
 def arguments(tiny, rows_file, out, *more):
@@ -47,7 +51,7 @@ def test_both_losses_fall_and_the_run_predicts(trained, rows):
     assert steps[-1]["bce"] < 0.8 * steps[0]["bce"] and steps[-1]["lm"] < 0.5 * steps[0]["lm"]
     records = load_run(trained).predict(rows)
     labels, p = [row["label"] for row in rows], [record["probability"] for record in records]
-    assert evaluation.auroc(labels, p) > 0.9
+    assert auroc(labels, p) > 0.9
 
 
 def test_the_log_starts_with_the_whole_configuration(trained):
@@ -76,9 +80,10 @@ def test_calibration_is_that_of_the_validation_rows(tiny, rows, rows_file, tmp_p
     records = load_run(tmp_path / "run").predict(valid, explain=False)
     y, raw, p = (np.array([record[key] for record in records])
                  for key in ("true_label", "raw_probability", "probability"))
-    fitted = evaluation.calibrate(y, np.log(raw / (1 - raw)))[0]["calibration"]
-    assert fitted["temperature"] != 1 and meta["calibration"] == pytest.approx(fitted, rel=1e-3)
-    assert meta["threshold"] == pytest.approx(evaluation.best_f1_threshold(y, p), abs=1e-4)
+    temperature, bias, _ = calibrate(y, np.log(raw / (1 - raw)))
+    due = {"temperature": temperature, "bias": bias}
+    assert temperature != 1 and meta["calibration"] == pytest.approx(due, rel=1e-3)
+    assert meta["threshold"] == pytest.approx(best_f1_threshold(y, p), abs=1e-4)
 
 
 @pytest.mark.parametrize("weight, scorer", [
@@ -160,15 +165,16 @@ def test_all_impossible_flags_are_named_at_once(tmp_path):
     flags += " --valid-every 0 --warmup 2 --keep-best"
     with pytest.raises(ValueError) as error:
         check_arguments(parse(["--data", "x", "--out", str(tmp_path), *flags.split()]))
-    named = ("--rank 0", "--lr -1", "nothing would train", "--valid-fraction 1.0", "--epochs inf")
-    named += ("--valid-every 0", "--warmup 2", "--keep-best", "has a run already")
+    named = ("--rank is 0", "--lr is -1", "nothing would train", "--valid-fraction is 1.0")
+    named += ("--epochs is inf", "--valid-every is 0", "--warmup is 2", "--keep-best")
+    named += ("has a run already",)
     for words in named:
         assert words in str(error.value)
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
-    (["--batch", "0"], "--batch 0"),
+    (["--batch", "0"], "--batch is 0"),
     (["--model", "nowhere"], "nowhere"),
 ])
 def test_a_wrong_call_is_one_sentence_and_exit_code_2(tiny, rows_file, tmp_path, flags, words):
@@ -254,7 +260,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     error = process.communicate()[1]
     assert process.returncode == code and "Traceback" not in error
     done = steps_done(out)
-    assert f"stopped after step {done}; --resume {out} goes on" in error
+    assert f"stopped after step {done}; --resume {out} continues" in error
     assert read_state(out)[0]["step"] == done
     with pytest.raises(ValueError, match="epochs was 3000.0, is 1.0"):
         main(["--resume", str(out), "--epochs", "1"])
@@ -322,7 +328,7 @@ def test_a_step_that_is_not_finite_is_not_taken(tiny, rows_file, tmp_path, what,
     main(arguments(tiny, rows_file, tmp_path / "run", "--epochs", 0.3))
     saved = (tmp_path / "run" / STATE).read_bytes()
     if what == "loss":
-        monkeypatch.setattr("train.joint_loss", lambda z, *_: [z.sum() * float("nan")] * 3)
+        monkeypatch.setattr("train.joint_loss", lambda z, *_: {"bce": z.sum() * float("nan")})
     else:
         monkeypatch.setattr("torch.nn.utils.clip_grad_norm_", lambda *_: float("nan"))
     with pytest.raises(ValueError, match=rf"{what} is (nan|not finite); rows.*: \['r\d+', 'r\d+'"):
