@@ -1,4 +1,4 @@
-"""Rows, prompts and batches: bad input, markup in a text, exactly what is supervised."""
+"""Rows and batches: bad input, validation rows, exactly what is supervised, what is printed."""
 
 import json
 import re
@@ -6,10 +6,10 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import write_tokenizer
 
-from data import DataError, Example, Prompts, collate, encode_rows, main, printable, read_rows
-from data import show, split_valid
+from data import Example, collate, encode_rows, main, read_rows, show, split_valid
+from plumbing.script import printable
+from prompts import Prompts
 
 GOOD = {"text": "a text", "label": 1}
 
@@ -30,7 +30,7 @@ def test_rows_are_read_with_bom_and_crlf_and_without_unknown_fields(tmp_path):
 
 BAD_LINES = {  # what the error says: the line
     "not JSON": b"{", "not a JSON object": [1], "nested": b"[" * 100000,
-    "no text": {"label": 1}, "due is text that is not blank": {"text": " \n", "label": 1},
+    "no text": {"label": 1}, "expected text that is not blank": {"text": " \n", "label": 1},
     "text is": b'{"text": "\\ud800", "label": 1}', "not UTF-8": b'{"text": "\xff", "label": 1}',
     "no label": {"text": "a"}, "label is 2": {**GOOD, "label": 2},
     'label is "1"': {**GOOD, "label": "1"}, "label is 1.0": {**GOOD, "label": 1.0},
@@ -39,7 +39,7 @@ BAD_LINES = {  # what the error says: the line
     "probability is true": {**GOOD, "probability": True},
     "evidence is": {**GOOD, "evidence": "risk"}, "explanation is 5": {**GOOD, "explanation": 5},
     "group is 3": {**GOOD, "group": 3}, "id is 1.5": {**GOOD, "id": 1.5},
-    "id 'x' stands in line 1 already": {**GOOD, "id": "x"},
+    "id 'x' is in line 1 already": {**GOOD, "id": "x"},
 }
 
 
@@ -48,7 +48,7 @@ def test_a_bad_line_is_one_error_that_names_it(tmp_path, words):
     """Fails if the line passes, is dropped, or the error lacks file, line number or reason."""
     first = {"text": "b", "label": 0, "id": "x"}
     path = write(tmp_path / "x.jsonl", first, BAD_LINES[words], {**GOOD, "id": "y"})
-    with pytest.raises(DataError) as error:
+    with pytest.raises(ValueError) as error:
         read_rows(path)
     assert f"{path}:2: " in str(error.value) and words in str(error.value)
 
@@ -57,13 +57,13 @@ def test_files_that_are_wrong_as_a_whole(tmp_path):
     """Fails if an empty file, one class or a missing file is not said so, if only the first problem
     is shown, or a thousand are."""
     for words, lines in {"empty": [], "every label is 1": [GOOD, GOOD]}.items():
-        with pytest.raises(DataError, match=words):
+        with pytest.raises(ValueError, match=words):
             read_rows(write(tmp_path / "x.jsonl", *lines))
-    with pytest.raises(DataError, match="nowhere"):
+    with pytest.raises(ValueError, match="nowhere"):
         read_rows(tmp_path / "nowhere")
     unlabelled = write(tmp_path / "x.jsonl", {"text": "a"})
     assert read_rows(unlabelled, labels=False) == [{"text": "a", "id": 1}]
-    with pytest.raises(DataError, match="and 4 more") as error:
+    with pytest.raises(ValueError, match="and 4 more") as error:
         read_rows(write(tmp_path / "x.jsonl", *[{"label": 1}] * 14))
     assert str(error.value).count("no text") == 10
 
@@ -75,73 +75,8 @@ def test_validation_takes_whole_groups(rows):
     assert not {row["group"] for row in train} & {row["group"] for row in valid}
     again, other = (split_valid(rows, 0.25, seed)[1] for seed in (0, 1))
     assert again == valid != other
-    with pytest.raises(DataError, match="one class"):
+    with pytest.raises(ValueError, match="one class"):
         split_valid(rows[6:10], 0.001, seed=0)
-
-
-# --- prompts --------------------------------------------------------------------------------------
-def test_a_long_text_loses_its_middle_and_nothing_else(tiny):
-    """Fails if the cut takes tokens from frame or question, from one end, or miscounts."""
-    text = " ".join(f"w{i}" for i in range(60))
-    whole, cut = Prompts(tiny, question="Will it die?").prompt(text)
-    assert cut == 0
-    for bound in (len(whole), len(whole) - 1, len(whole) - 30, len(whole) - 60):
-        prompts = Prompts(tiny, question="Will it die?", max_prompt=bound)
-        ids, cut = prompts.prompt(text)
-        assert len(ids) == bound and cut == len(whole) - bound
-        same = next((i for i in range(bound) if ids[i] != whole[i]), bound)
-        assert ids[same:] == whole[same + cut :]  # one gap
-        shown = prompts.tokenizer.decode(ids, skip_special_tokens=False)
-        assert "Will it die?\n\nw0" in shown and shown.rstrip().endswith("<|im_start|>assistant")
-    assert "w29" not in shown  # the gap is in the text's middle
-    with pytest.raises(DataError, match="no room"):
-        Prompts(tiny, max_prompt=20).prompt(text)
-
-
-def test_the_prompt_does_not_depend_on_the_answer(tiny):
-    """Fails if one bound holds for both, so that a long explanation cuts the text: a label leak."""
-    prompts, row = Prompts(tiny, max_prompt=150), {"id": 1, "text": "w " * 99, "label": 1}
-    short, long = encode_rows([row | {"explanation": e} for e in ("a", "b " * 60)], prompts)
-    assert short.prompt == long.prompt and short.tokens_cut == long.tokens_cut > 0
-    with pytest.raises(DataError, match="row 1: the answer takes"):
-        encode_rows([row | {"explanation": "b " * 200}], Prompts(tiny, max_answer=64))
-
-
-def test_plain_and_unknown_frames(tmp_path):
-    """Fails if a tokenizer without chat tokens does not get `plain`, a frame without its tokens is
-    accepted, or a token id beyond the embedding or a row beyond the positions gets through."""
-    write_tokenizer(tmp_path, added=("<eos>",))
-    config = {"eos_token_id": [0, 5], "vocab_size": 400, "max_position_embeddings": 2048}
-    for key, value in (("vocab_size", 280), ("max_position_embeddings", 99)):
-        (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
-        with pytest.raises(ValueError, match=f"{key} is {value}"):
-            Prompts(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    prompts = Prompts(tmp_path)
-    assert prompts.format == "plain" and prompts.stop_ids == [0, 5]
-    assert prompts.decode(prompts.prompt("a text")[0]).endswith("a text\n\nAnswer:\n")
-    with pytest.raises(ValueError, match="no token <|im_start|>"):
-        Prompts(tmp_path, format="chatml")
-    with pytest.raises(ValueError, match="two different words"):
-        Prompts(tmp_path, labels=("Yes", "yes"))
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="tokenizer.json"):
-        Prompts(tmp_path)
-
-
-def test_the_label_that_an_answer_states(tiny):
-    """Fails if a word anywhere, or one that only begins like a label, counts as a statement, or
-    "not likely" is read as the label "not"."""
-    for answer, due in {
-        "Yes. It is.": (1, "It is."), "no: none": (0, "none"), " YES": (1, ""), "": (None, ""),
-        "No , but": (0, "but"), "Not sure.": (None, "Not sure."),
-        "I say yes.": (None, "I say yes."), "Yesterday it": (None, "Yesterday it"),
-        "No doubt. Yes.": (None, "No doubt. Yes."),
-    }.items():
-        assert Prompts(tiny).parse(answer) == due
-    prompts = Prompts(tiny, labels=("likely", "likely, not"))
-    assert prompts.parse("Likely, not. Why?") == (1, "Why?")
-    assert prompts.parse("likely. x") == (0, "x")
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -170,10 +105,10 @@ def test_exactly_the_answers_are_supervised(tiny, rows):
     assert batch.targets.shape == (0,) and batch.prompt_end.tolist() == [2, 0]
 
 
-def test_check_counts(tiny, rows, rows_file, capsys):
+def test_the_command_counts(tiny, rows, rows_file, capsys):
     """Fails if a count of the report is wrong, the shown row lacks its marks, or a row can send
     escape sequences to the terminal."""
-    main(["check", str(rows_file), "--model", str(tiny), "--max-prompt", "140"])
+    main([str(rows_file), "--model", str(tiny), "--max-prompt", "140"])
     out = capsys.readouterr().out
     positives = sum(row["label"] for row in rows)
     lengths = np.array([len(Prompts(tiny).prompt(row["text"])[0]) for row in rows])
@@ -195,6 +130,6 @@ def test_leaks(tiny, tmp_path, capsys):
     train = write(tmp_path / "a", {**GOOD, "group": "g"}, {"text": text, "label": 0, "id": "x"})
     test = write(tmp_path / "b", {"text": "new", "label": 0, "group": "g"}, GOOD,
                  {"text": text.replace("home", "sea"), "label": 1, "id": "x"})
-    main(["check", str(train), "--test", str(test), "--model", str(tiny)])
+    main([str(train), "--test", str(test), "--model", str(tiny)])
     counts = re.findall(r"^(?:the|a) .*? +(\d+)$", capsys.readouterr().out, re.MULTILINE)
     assert counts == ["1", "1", "1", "2"]

@@ -21,8 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 from clsgen import adapter_tensors, load_run
-from data import FRAMES, DataError, Prompts, read_rows
+from data import read_rows
 from model import load_llama
+from prompts import FRAMES, Prompts
 from train import STATE
 from train import main as train
 
@@ -76,7 +77,7 @@ def test_a_jsonl_file_reads_exactly_or_names_its_bad_lines(tmp_path):
         path.write_bytes(b"\xef\xbb\xbf" + b"".join(lines))  # one such mark is fine
         try:
             assert read_rows(path) == rows and not due
-        except DataError as error:
+        except ValueError as error:
             due[10:] = [f"... and {len(due) - 10} more"] * (len(due) > 10)
             found = str(error).split("\n")
             assert len(found) == len(due) and all(map(str.startswith, found, due)), (found, due)
@@ -188,7 +189,7 @@ def test_on_the_command_line(tiny, tmp_path):
         assert_refused(done, "error: ", adapter, words)
         assert "\x1b" not in done.stderr
     rows = write_rows(tmp_path / "x.jsonl", [{"text": "a", "label": "\x1b[31m"}])
-    done = run_script("data.py", "check", rows, "--model", tiny)
+    done = run_script("data.py", rows, "--model", tiny)
     assert_refused(done, rf'error: {rows}:1: label is "\u001b[31m"')
 
 
@@ -197,7 +198,7 @@ def test_on_the_command_line(tiny, tmp_path):
 def test_no_text_or_explanation_holds_an_added_token(name, tmp_path):
     """Fails if a text is encoded by the tokenizer that knows the added tokens, by one with
     `encode_special_tokens`, which lets <think> through, or if a plain [INST] is not broken."""
-    tokens = ("<eos>", *FRAMES[name][0], "<think>")
+    tokens = ("<eos>", *FRAMES[name].special_tokens, "<think>")
     write_tokenizer(tmp_path, tokens)
     (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
     prompts, added = Prompts(tmp_path, format=name), range(len(tokens))  # their ids

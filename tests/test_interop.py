@@ -13,8 +13,8 @@ from conftest import CONFIG, ROOT
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from clsgen import TARGETS, load_run, read_adapter_config
-from data import SYSTEM, Prompts
 from model import LlamaConfig
+from prompts import SYSTEM, Prompts
 from train import main as train
 from train import parse
 

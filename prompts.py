@@ -1,0 +1,367 @@
+"""Text to token ids and back: the prompt that the model reads, the answer that it writes.
+
+A row becomes two lists of token ids, here in the frame named chatml:
+
+    <|im_start|>system                                  | prompt: frame, system line,
+    Answer the question, then explain why.<|im_end|>    | question and text. The score head
+    <|im_start|>user                                    | reads its last token.
+    Is the answer yes for the following text?           |
+                                                        |
+    (the row's text)<|im_end|>                          |
+    <|im_start|>assistant                               |
+    Yes. Because ...<|im_end|>                          | answer: label word, explanation,
+                                                        | end of turn
+
+A prompt that is too long loses tokens of the row's text, and nothing else.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from plumbing.files import read_json
+
+QUESTION = "Is the answer yes for the following text?"
+SYSTEM = "Answer the question, then explain why."
+
+
+# --- frames ---------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Frame:
+    """The text around a prompt, as a family of models knows it from its chat template."""
+
+    special_tokens: tuple  # the tokenizer must have them; the last one ends an answer
+    prompt: str  # with {system} for the system line, and {user} for question, blank line, text
+    inst_is_text: bool = False  # [INST] is no token of its own, so a row's text could imitate it
+
+
+# A new frame is one entry here. A tokenizer gets the first frame whose special tokens it has. As
+# plain needs none, the frames after it are for --format only.
+#
+# The token ids equal those of the models' own chat templates for [system, user], except for
+# Llama-3.1's date header, Qwen3's empty think block, and blanks at the ends of a text, which the
+# templates of Llama strip.
+FRAMES = {
+    "chatml": Frame(  # SmolLM2, Qwen2.5, Qwen3
+        special_tokens=("<|im_start|>", "<|im_end|>"),
+        prompt="<|im_start|>system\n{system}<|im_end|>\n"
+               "<|im_start|>user\n{user}<|im_end|>\n"
+               "<|im_start|>assistant\n",
+    ),
+    "llama3": Frame(  # Llama-3 and later
+        special_tokens=(
+            "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+        ),
+        prompt="<|begin_of_text|>"
+               "<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>"
+               "<|start_header_id|>user<|end_header_id|>\n\n{user}<|eot_id|>"
+               "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    "mistral": Frame(  # Mistral 7B v0.3
+        special_tokens=("<s>", "[INST]", "[/INST]", "</s>"),
+        prompt="<s>[INST] {system}\n\n{user}[/INST]",
+    ),
+    "plain": Frame(  # base models, which know no chat
+        special_tokens=(),
+        prompt="{system}\n\n{user}\n\nAnswer:\n",
+    ),
+    "llama2": Frame(  # Llama-2 chat
+        special_tokens=("<s>", "</s>"),
+        prompt="<s>[INST] <<SYS>>\n{system}\n<</SYS>>\n\n{user} [/INST]",
+        inst_is_text=True,
+    ),
+    "mistral-v1": Frame(  # Mistral 7B v0.1 and v0.2
+        special_tokens=("<s>", "</s>"),
+        prompt="<s> [INST] {system}\n\n{user} [/INST]",
+        inst_is_text=True,
+    ),
+}
+
+
+# --- prompts and answers --------------------------------------------------------------------------
+class Prompts:
+    """Rows to token ids and back, for one tokenizer, one question and one pair of label words.
+
+    A row's text never acts as markup. It is encoded by a tokenizer that knows no added tokens, so
+    "<|im_end|>" in a text is ordinary characters; and where [INST] is no token of its own, a space
+    breaks it in the text.
+
+    ValueError where the settings, the tokenizer or the model's config do not fit together.
+    """
+
+    def __init__(self, folder, question=QUESTION, labels=("no", "yes"), format=None,
+                 max_prompt=1024, max_answer=256):
+        # The door: what can be refused is refused here
+        check_settings(question, labels, format, max_prompt, max_answer)
+        folder = Path(folder)
+        config = read_json(folder / "config.json")
+        eos_ids = read_eos_ids(folder, config)
+        self.tokenizer, self.plain, self.in_frame = load_tokenizers(folder / "tokenizer.json")
+        if format is None:
+            format = choose_format(self.tokenizer)
+        check_model(folder, config, eos_ids, self.tokenizer, format, max_prompt + max_answer)
+
+        self.question = question
+        self.labels = tuple(word.strip() for word in labels)
+        self.format = format
+        self.max_prompt = max_prompt  # tokens
+        self.max_answer = max_answer  # tokens, the end of turn included
+
+        # The frame as token ids
+        self.frame = FRAMES[format]
+        if not self.frame.special_tokens:  # its plain text is a whole input
+            self.in_frame = self.plain
+        self._lay_out_frame()
+
+        # What ends an answer. Training puts the first of these there: the frame's end of turn
+        stop_ids = eos_ids
+        if self.frame.special_tokens:
+            end_of_turn = self.tokenizer.token_to_id(self.frame.special_tokens[-1])
+            stop_ids = [end_of_turn, *eos_ids]
+        self.stop_ids = list(dict.fromkeys(stop_ids))  # each once, in this order
+
+        # "No." and "Yes.": the strings whose log-probability is the label-token score
+        self.label_ids = []
+        for label in range(len(self.labels)):
+            self.label_ids.append(encode(self.plain, self.word(label) + ".").ids)
+
+    def settings(self):
+        """What a run has to remember: Prompts(folder, **settings) builds the same prompts again."""
+        return {
+            "question": self.question,
+            "labels": self.labels,
+            "format": self.format,
+            "max_prompt": self.max_prompt,
+            "max_answer": self.max_answer,
+        }
+
+    def _lay_out_frame(self):
+        """Splits the frame into ids before, plain text around the row's text, and ids after.
+
+        The split is at special tokens only. All plain text between two of them is one call of the
+        tokenizer: encoded apart, "?\\n\\n" and what follows give other tokens than together.
+        """
+        pieces = split_at(self.frame.special_tokens, self.frame.prompt.replace("{system}", SYSTEM))
+        user_piece = next(piece for piece in pieces if "{user}" in piece)
+        where = pieces.index(user_piece)
+
+        self.before = self._frame_ids(pieces[:where])
+        self.after = self._frame_ids(pieces[where + 1 :])
+        if not self.frame.special_tokens:  # a base model: its tokenizer's start token, if any
+            self.before = self.tokenizer.encode("").ids[:1] + self.before
+
+        opening, self.closing = user_piece.split("{user}")
+        self.opening = opening + self.question + "\n\n"
+
+    def _frame_ids(self, pieces):
+        """The token ids of a frame's pieces: special tokens, and plain text between them."""
+        ids = []
+        for piece in pieces:
+            if piece in self.frame.special_tokens:
+                ids.append(self.tokenizer.token_to_id(piece))
+            else:
+                ids += encode(self.in_frame, piece).ids
+        return ids
+
+    def prompt(self, text):
+        """A row's text as (the prompt's token ids, how many tokens of the text were cut).
+
+        A prompt over max_prompt loses tokens from the middle of the text, never from frame or
+        question. The bound does not look at the answer: a cut that did would leak the label.
+        ValueError if nothing of the text would be left.
+        """
+        if self.frame.inst_is_text:
+            text = re.sub(r"(\[/?)(INST\])", r"\1 \2", text)
+
+        encoded = encode(self.in_frame, self.opening + text + self.closing)
+        ids = encoded.ids
+        surplus = len(self.before) + len(ids) + len(self.after) - self.max_prompt
+        if surplus <= 0:
+            return self.before + ids + self.after, 0
+
+        # Too long: the text's own tokens are those whose offsets lie within it
+        start = len(self.opening)
+        end = start + len(text)
+        own = []
+        for index, (first, last) in enumerate(encoded.offsets):
+            if start <= first and last <= end:
+                own.append(index)
+        if surplus >= len(own):
+            least = self.max_prompt + surplus - len(own)
+            raise ValueError(f"max-prompt {self.max_prompt} leaves no room for the text: "
+                             f"frame and question alone take {least} tokens")
+
+        # ... and a gap in their middle makes it as long as it may be
+        gap = own[(len(own) - surplus + 1) // 2]
+        ids = ids[:gap] + ids[gap + surplus :]
+        return self.before + ids + self.after, surplus
+
+    def answer(self, label, explanation):
+        """The token ids of "Yes. Because ..." and the end of turn."""
+        text = f"{self.word(label)}. {explanation.strip()}"
+        return encode(self.plain, text).ids + self.stop_ids[:1]
+
+    def word(self, label):
+        """The label's word with its first letter in upper case: 1 gives "Yes"."""
+        word = self.labels[label]
+        return word[0].upper() + word[1:]
+
+    def decode(self, ids):
+        """The text of token ids, without what ends an answer and without special tokens."""
+        return self.tokenizer.decode([i for i in ids if i not in self.stop_ids])
+
+    def parse(self, answer):
+        """An answer's text as (the label that it states or None, the explanation after it)."""
+        return stated_label(answer, self.labels)
+
+
+def stated_label(answer, labels):
+    """An answer as (the label that it states or None, the explanation after it).
+
+    It states a label if it starts with that label's word, in any case, followed by one of . , : ;
+    or by nothing. The longest word is tried first, since one may begin with the other.
+    """
+    longest_first = sorted(range(len(labels)), key=lambda label: len(labels[label]), reverse=True)
+    for label in longest_first:
+        word = re.escape(labels[label])
+        match = re.match(rf"\s*{word}\s*(?:[.,:;]\s*|$)", answer, re.IGNORECASE)
+        if match:
+            return label, answer[match.end() :].strip()
+    return None, answer.strip()
+
+
+# --- tokenizers -----------------------------------------------------------------------------------
+def load_tokenizers(path):
+    """Three tokenizers from one tokenizer.json: (the whole, for a plain text, for one in a frame).
+
+    The whole one knows the special tokens and decodes. The other two have no added tokens, so what
+    they encode is text and nothing else. They differ where a tokenizer of the SentencePiece kind
+    puts a blank before its input: "first" does so before a whole input only, hence not in a frame.
+    """
+    spec = read_json(path)
+    without_added = json.dumps({**spec, "added_tokens": []})
+    in_frame = without_added.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+
+    tokenizers = []
+    for source in (json.dumps(spec), without_added, in_frame):
+        try:
+            tokenizer = Tokenizer.from_str(source)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # tokenizers raises nothing narrower, and panics
+            raise ValueError(f"{path}: {error}") from None
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizers.append(tokenizer)
+    return tokenizers
+
+
+def encode(tokenizer, text):
+    """The tokens of a text, with ids and offsets; nothing is put before or after it."""
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def split_at(special_tokens, text):
+    """The text in pieces: its special tokens, and what is between them."""
+    if not special_tokens:
+        return [text]
+    pattern = "|".join(map(re.escape, special_tokens))
+    return [piece for piece in re.split(f"({pattern})", text) if piece]
+
+
+def choose_format(tokenizer):
+    """The name of the first frame whose special tokens the tokenizer has."""
+    for name, frame in FRAMES.items():
+        if not missing_tokens(frame, tokenizer):
+            return name
+
+
+def missing_tokens(frame, tokenizer):
+    """The special tokens of the frame that the tokenizer does not have."""
+    return [token for token in frame.special_tokens if tokenizer.token_to_id(token) is None]
+
+
+def read_eos_ids(folder, config):
+    """What generation_config.json and config.json name as the end of a text: none, one or several.
+
+    They are not checked yet.
+    """
+    generation = folder / "generation_config.json"
+    sources = [read_json(generation), config] if generation.exists() else [config]
+
+    eos_ids = []
+    for source in sources:
+        value = source.get("eos_token_id")
+        if isinstance(value, list):
+            eos_ids += value
+        elif value is not None:
+            eos_ids.append(value)
+    return eos_ids
+
+
+# --- the door -------------------------------------------------------------------------------------
+def check_settings(question, labels, format, max_prompt, max_answer):
+    """ValueError if a setting is none that a prompt can be made with."""
+    if not isinstance(question, str):
+        raise ValueError(f"question is {question!r}, expected a string")
+
+    # One logit has two sides, so there are two words
+    words = set()
+    for word in labels:
+        if not isinstance(word, str):
+            raise ValueError(f"label word is {word!r}, expected a string")
+        words.add(word.strip().lower())
+    if len(labels) != 2 or len(words - {""}) != 2:
+        raise ValueError(f"labels are {labels!r}, expected two different words")
+
+    if format not in (None, *FRAMES):
+        raise ValueError(f"format is {format!r}, expected one of {', '.join(FRAMES)}")
+
+    for name, bound in (("max-prompt", max_prompt), ("max-answer", max_answer)):
+        if type(bound) is not int or bound < 1:
+            raise ValueError(f"{name} is {bound!r}, expected a whole number from 1 on")
+
+
+def check_model(folder, config, eos_ids, tokenizer, format, longest):
+    """ValueError if the tokenizer, the model's config and the frame do not fit together.
+
+    longest: how many tokens a row may have, prompt and answer together.
+    """
+    frame = FRAMES[format]
+    missing = missing_tokens(frame, tokenizer)
+    if missing:
+        raise ValueError(f"format {format}: the tokenizer has no token {missing[0]}")
+
+    # Each token id needs an embedding, and each position must be one that the model knows
+    highest_id = max(tokenizer.get_vocab().values(), default=-1)
+    needs = {
+        "vocab_size": (highest_id + 1, "the tokenizer needs"),
+        "max_position_embeddings": (longest, "max-prompt and max-answer together need"),
+    }
+    for key, (least, reason) in needs.items():
+        value = config.get(key, math.inf)
+        if type(value) not in (int, float) or not value >= least:  # NaN neither
+            raise ValueError(f"{folder}: {key} is {value!r}, but {reason} {least}")
+
+    # An answer must be able to end
+    vocab_size = config.get("vocab_size", math.inf)
+    for eos_id in eos_ids:
+        if type(eos_id) is not int or not 0 <= eos_id < vocab_size:
+            raise ValueError(f"{folder}: eos_token_id is {eos_id!r}, expected a token id")
+    if not eos_ids and not frame.special_tokens:
+        raise ValueError(f"{folder}: eos_token_id is missing, and nothing else ends an answer")
+
+
+# --- flags ----------------------------------------------------------------------------------------
+def add_prompt_arguments(parser):
+    """Adds the flags that make a prompt: the same in every script that encodes rows."""
+    add = parser.add_argument
+    add("--question", default=QUESTION, help="asked above every text")
+    add("--labels", nargs=2, default=["no", "yes"], metavar=("ZERO", "ONE"), help="their words")
+    add("--format", choices=FRAMES, help="chat frame (default: by the tokenizer's special tokens)")
+    add("--max-prompt", type=int, default=1024, help="tokens; the middle of a longer text is cut")
+    add("--max-answer", type=int, default=256, help="tokens; a longer answer is an error")

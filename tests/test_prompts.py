@@ -1,0 +1,97 @@
+"""Prompts and answers as token ids: frames, the cut, label words, the label that a text states."""
+
+import json
+
+import pytest
+from conftest import write_tokenizer
+
+from data import encode_rows
+from prompts import Prompts
+
+
+def test_a_long_text_loses_its_middle_and_nothing_else(tiny):
+    """Fails if the cut takes tokens from frame or question, from one end, or miscounts."""
+    text = " ".join(f"w{i}" for i in range(60))
+    whole, cut = Prompts(tiny, question="Will it die?").prompt(text)
+    assert cut == 0
+    empty = Prompts(tiny, question="Will it die?").prompt("")[0]
+    start = next(i for i in range(len(empty)) if empty[i] != whole[i])  # the text's first token
+    for bound in (len(whole), len(whole) - 1, len(whole) - 30, len(whole) - 60):
+        prompts = Prompts(tiny, question="Will it die?", max_prompt=bound)
+        ids, cut = prompts.prompt(text)
+        assert len(ids) == bound and cut == len(whole) - bound
+        same = next((i for i in range(bound) if ids[i] != whole[i]), bound)
+        assert ids[same:] == whole[same + cut :]  # one gap
+        left = start + (len(whole) - len(empty) - cut + 1) // 2
+        assert ids == whole[:left] + whole[left + cut :]  # as much of the text on either side
+        shown = prompts.tokenizer.decode(ids, skip_special_tokens=False)
+        assert "Will it die?\n\nw0" in shown and shown.rstrip().endswith("<|im_start|>assistant")
+    assert "w29" not in shown  # the gap is in the text's middle
+    with pytest.raises(ValueError, match="no room"):
+        Prompts(tiny, max_prompt=20).prompt(text)
+
+
+def test_the_prompt_does_not_depend_on_the_answer(tiny):
+    """Fails if one bound holds for both, so that a long explanation cuts the text: a label leak."""
+    prompts, row = Prompts(tiny, max_prompt=150), {"id": 1, "text": "w " * 99, "label": 1}
+    short, long = encode_rows([row | {"explanation": e} for e in ("a", "b " * 60)], prompts)
+    assert short.prompt == long.prompt and short.tokens_cut == long.tokens_cut > 0
+    with pytest.raises(ValueError, match="row 1: the answer takes"):
+        encode_rows([row | {"explanation": "b " * 200}], Prompts(tiny, max_answer=64))
+
+
+def test_plain_and_unknown_frames(tmp_path):
+    """Fails if a tokenizer without chat tokens does not get `plain`, a frame without its tokens is
+    accepted, or a token id beyond the embedding or a row beyond the positions gets through."""
+    write_tokenizer(tmp_path, added=("<eos>",))
+    config = {"eos_token_id": [0, 5], "vocab_size": 400, "max_position_embeddings": 2048}
+    for key, value in (("vocab_size", 280), ("max_position_embeddings", 99)):
+        (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(ValueError, match=f"{key} is {value}"):
+            Prompts(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    prompts = Prompts(tmp_path)
+    assert prompts.format == "plain" and prompts.stop_ids == [0, 5]
+    assert prompts.decode(prompts.prompt("a text")[0]).endswith("a text\n\nAnswer:\n")
+    with pytest.raises(ValueError, match="no token <|im_start|>"):
+        Prompts(tmp_path, format="chatml")
+    with pytest.raises(ValueError, match="two different words"):
+        Prompts(tmp_path, labels=("Yes", "yes"))
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer.json"):
+        Prompts(tmp_path)
+
+
+def test_the_label_that_an_answer_states(tiny):
+    """Fails if a word anywhere, or one that only begins like a label, counts as a statement, or
+    "not likely" is read as the label "not"."""
+    for answer, due in {
+        "Yes. It is.": (1, "It is."), "no: none": (0, "none"), " YES": (1, ""), "": (None, ""),
+        "No , but": (0, "but"), "Not sure.": (None, "Not sure."),
+        "I say yes.": (None, "I say yes."), "Yesterday it": (None, "Yesterday it"),
+        "No doubt. Yes.": (None, "No doubt. Yes."),
+    }.items():
+        assert Prompts(tiny).parse(answer) == due
+    prompts = Prompts(tiny, labels=("likely", "likely, not"))
+    assert prompts.parse("Likely, not. Why?") == (1, "Why?")
+    assert prompts.parse("likely. x") == (0, "x")
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"question": 5}, "question is 5"), ({"labels": ("no", 1)}, "label word is 1"),
+    ({"labels": ("no", "yes", "no")}, "two different words"), ({"labels": ("no", " ")}, "two"),
+    ({"format": "xml"}, "format is 'xml', expected one of chatml, "), ({"format": []}, "format is"),
+    ({"max_prompt": 0}, "max-prompt is 0"), ({"max_answer": True}, "max-answer is True")])
+def test_settings_are_checked_at_the_door(tiny, settings, words):
+    """Fails if a setting of a damaged run folder ends in another exception, or gets through."""
+    with pytest.raises(ValueError, match=words):
+        Prompts(tiny, **settings)
+
+
+@pytest.mark.parametrize("eos", [None, [], "2", 2.0, -1, 400, [2, True], [[2]]])
+def test_an_answer_must_be_able_to_end(tmp_path, eos):
+    """Fails if a base model without an end token, or with one that is no token id, is accepted."""
+    write_tokenizer(tmp_path, added=("<eos>",))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": eos, "vocab_size": 400}))
+    with pytest.raises(ValueError, match="eos_token_id is "):
+        Prompts(tmp_path)
