@@ -49,7 +49,7 @@ TABLES = {  # title: columns, by their names in eval.json
     "is it still a text? NLL of the reference and KL from the base model, nats a token; evidence":
         "parsable empty distinct_2 rep_4 reference_nll base_kl flesch evidence_recall "
         "evidence_precision evidence_invented",
-    "less the first line's, on the same resamples":
+    "minus the first line's, on the same resamples":
         "auroc_difference log_loss_difference reference_nll_difference",
 }  # fmt: skip
 

@@ -1,9 +1,9 @@
-"""The method in one sitting: run it from top to bottom, or cell by cell in an editor that knows # %%.
+"""The method in one sitting: run it as a whole, or cell by cell in an editor that knows # %%.
 
     python examples/smollm2.py        # once: the model
     python examples/walkthrough.py    # under a minute
 
-Each cell prints what it claims. The code that it calls is clsgen.py, which is meant to be read next.
+Each cell prints what it claims. The code that it calls is clsgen.py, which is to be read next.
 """
 
 # %% A row and a real model
@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

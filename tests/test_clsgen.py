@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from clsgen import (
-    TARGETS, CLSGen, Reading, add_lora, base_model, choose_token, joint_loss, total_loss)
+    TARGETS, CLSGen, add_lora, choose_token, joint_loss, total_loss)
 from data import Example, collate, encode_rows
 from plumbing.checkpoint import load_llama
 from prompts import Prompts

@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
-from clsgen import adapter_tensors, load_run
 from data import read_rows
-from model import load_llama
+from plumbing.adapter import adapter_tensors
+from plumbing.checkpoint import load_llama
+from plumbing.resume import STATE
 from prompts import FRAMES, Prompts
-from train import STATE
+from run import load_run
 from train import main as train
 
 SHARE = 1 if os.environ.get("CLSGEN_FULL") else 10
@@ -185,7 +186,7 @@ def test_on_the_command_line(tiny, tmp_path):
     huge = (2**60).to_bytes(8, "little") + strange[8:]
     for data, words in ((huge, "header too large"), (strange, r"surplus \x1b[31m")):
         adapter.write_bytes(data)
-        done = run_script("clsgen.py", "--run", adapter.parent, "--text", "a")
+        done = run_script("predict.py", "--run", adapter.parent, "--text", "a")
         assert_refused(done, "error: ", adapter, words)
         assert "\x1b" not in done.stderr
     rows = write_rows(tmp_path / "x.jsonl", [{"text": "a", "label": "\x1b[31m"}])
@@ -237,8 +238,10 @@ def test_nothing_can_run_code():
                 "from pickle import x", "from torch import load", "f(shell=1)",
                 "import ctypes as c", "from ctypes import CDLL", "c.CDLL(x)"):
         assert DANGEROUS & set(names_in(bad)), bad
-    for path in (*ROOT.glob("*.py"), *ROOT.glob("examples/**/*.py")):
+    scripts = [*ROOT.glob("*.py"), *ROOT.glob("plumbing/*.py"), *ROOT.glob("examples/**/*.py")]
+    assert len(scripts) > 25
+    for path in scripts:
         text = path.read_text(encoding="utf-8")
-        if path.name == "clsgen.py":  # one call of this process's own C library, for mallopt
+        if path.name == "script.py":  # one call of this process's own C library, for mallopt
             text = text.replace("import ctypes\n", "", 1).replace("ctypes.CDLL(None)", "None", 1)
         assert not DANGEROUS & set(names_in(text)), path

@@ -12,9 +12,11 @@ import torch
 from conftest import CONFIG, ROOT
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from clsgen import TARGETS, load_run, read_adapter_config
-from model import LlamaConfig
+from clsgen import TARGETS
+from plumbing.adapter import read_adapter_config
+from plumbing.checkpoint import read_config
 from prompts import SYSTEM, Prompts
+from run import load_run
 from train import main as train
 from train import parse
 
@@ -68,7 +70,7 @@ PUBLISHED = {  # name: (config, sizes, what it has to become)
 def test_published_configs_are_read_without_a_warning(name, capsys):
     """Fails if a key of a published config is unknown, or means something else here."""
     raw, sizes, due = PUBLISHED[name]
-    config = LlamaConfig.from_dict(raw | dict(zip(SIZES, sizes, strict=True)))
+    config = read_config(raw | dict(zip(SIZES, sizes, strict=True)))
     assert {key: getattr(config, key) for key in due} == due
     assert capsys.readouterr().err == ""
 
@@ -80,8 +82,8 @@ def test_published_configs_are_read_without_a_warning(name, capsys):
     {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}])
 def test_other_architectures_are_refused_in_a_sentence_that_says_what_is_supported(changes):
     """Fails if a model that computes otherwise is loaded as a Llama."""
-    with pytest.raises(ValueError, match=r"^config.json: .* is .*; supported is ") as error:
-        LlamaConfig.from_dict(CONFIG | changes)
+    with pytest.raises(ValueError, match=r"^config.json: .* is .*, expected ") as error:
+        read_config(CONFIG | changes)
     assert "\n" not in str(error.value)
     if "model_type" in str(error.value):
         assert "llama, mistral, qwen2, qwen3" in str(error.value)
@@ -238,12 +240,13 @@ def test_train_here_open_and_save_in_peft_open_here(first, tmp_path, monkeypatch
     assert found == {"rank": 16, "alpha": 32.0, "targets": list(TARGETS)}
 
 
-SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SNIPPETS = re.findall(r"```python\n(.*?)```", "".join(map(Path.read_text, PAGES)), re.DOTALL)
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
-def test_the_readmes_snippets_run_as_they_stand(first, snippet):
-    """Fails if a name, a path or an argument in the README is not what the code has."""
+def test_the_snippets_of_readme_and_docs_run_as_they_stand(first, snippet):
+    """Fails if a name, a path or an argument in a snippet is not what the code has."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", snippet], cwd=first, env=environment,
                           capture_output=True, text=True)
@@ -252,7 +255,7 @@ def test_the_readmes_snippets_run_as_they_stand(first, snippet):
 
 def test_transformers_loads_a_merged_folder_without_a_word(first, tmp_path):
     """Fails if a tensor is missing or left over, or the config no longer describes the weights."""
-    subprocess.run([sys.executable, ROOT / "clsgen.py", "merge", "--run", "runs/first", "--out",
+    subprocess.run([sys.executable, ROOT / "export.py", "--run", "runs/first", "--out",
                     tmp_path / "merged"], cwd=first, check=True, capture_output=True)
     code = "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "merged"], capture_output=True,

@@ -1,4 +1,4 @@
-"""The transformer equals transformers', with and without the cache, and keeps little in training."""
+"""The transformer equals transformers' with and without the cache, and keeps little in training."""
 
 import json
 
@@ -47,8 +47,8 @@ def test_recomputed_parts_are_not_kept(size, tmp_path, monkeypatch):
     ids, c = torch.arange(2 * size).view(2, -1) % 100, llama.config
     for again in (True, False):
         if not again:
-            for module in ("model", "attention"):
-                monkeypatch.setattr(f"{module}.recomputed", lambda function, *inputs: function(*inputs))
+            for name in ("model.recomputed", "attention.recomputed"):
+                monkeypatch.setattr(name, lambda function, *inputs: function(*inputs))
         kept = {}
         with torch.autograd.graph.saved_tensors_hooks(
                 lambda x, kept=kept: kept.update({x.data_ptr(): x}) or x, lambda x: x):

@@ -46,7 +46,8 @@ def test_the_flags_of_the_commands_exist(script):
 def test_the_files_it_names_exist(page):
     """Fails if a page names a file of the repository, or links to one, that was moved."""
     folder = (ROOT / page).parent
-    named = set(re.findall(r"`((?:examples|benchmarks|tests|plumbing|docs)/[\w./-]*\w)`", TEXT[page]))
+    folders = "examples|benchmarks|tests|plumbing|docs"
+    named = set(re.findall(rf"`((?:{folders})/[\w./-]*\w)`", TEXT[page]))
     links = set(re.findall(r"\]\(([\w./-]+\w)(?:#[\w-]+)?\)", TEXT[page]))
     assert not [name for name in named if not (ROOT / name).exists()]
     assert not [name for name in links if not (folder / name).exists()]

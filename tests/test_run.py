@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import make_run, near
+from conftest import near
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification

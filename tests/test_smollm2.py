@@ -19,8 +19,8 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data import SYSTEM, Prompts
-from model import load_llama
+from plumbing.checkpoint import load_llama
+from prompts import SYSTEM, Prompts
 
 sys.path.insert(0, str(ROOT / "examples"))
 import smollm2  # noqa: E402
