@@ -258,7 +258,7 @@ class Run:
 
     @torch.inference_mode()
     def reads_last_prompt_token(self):
-        """Hidden states (1, 4, D) of a row whose prompt ends at its third token, and that place."""
+        """Whether the read-out is the score of the last prompt state, as in peft's SEQ_CLS."""
         made_up, its_end = self._made_up_states()
         z = self.model.read_out(made_up, its_end)
         last_score = self.model.score(made_up[:, its_end.item()]).squeeze(-1)
