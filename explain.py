@@ -1,305 +1,507 @@
 """Data construction: a teacher model explains rows that only have labels.
 
-    python data.py explain --data labels.jsonl --out train.jsonl --model models/smollm2-135m
-    python data.py explain ... --endpoint http://localhost:8000/v1 --teacher NAME
+    python explain.py --data labels.jsonl --out train.jsonl --model models/smollm2-135m
+    python explain.py ... --endpoint http://localhost:8000/v1 --teacher NAME
 
-The teacher knows the label and writes up to --tries explanations; the first that passes every check
-is kept. No row is dropped: one without explanation still trains the score head.
+The teacher is told the label and writes up to --tries explanations of it; the first that passes
+every check is kept. No row is dropped: one without an explanation still trains the score head.
 """
 
+import argparse
 import hashlib
 import json
 import os
 import re
-import time
 from collections import Counter
-from contextlib import suppress
-from functools import partial
-from http.client import HTTPException
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from clsgen import CLSGen, Run, base_fingerprint, choose_token, pick
-from data import SYSTEM, Prompts, add_prompt_arguments, encode_rows, parse_row, printable, read_rows
-from data import shingles, stated_label
-from eval import auroc, repetition
-from model import load_llama
+from clsgen import CLSGen, choose_token
+from data import encode_rows, read_rows, shingles
+from metrics import auroc, repetition
+from plumbing.chat import complete
+from plumbing.checkpoint import base_fingerprint, load_llama
+from plumbing.files import continue_job, sha256_of, write_atomically
+from plumbing.packed import pack
+from plumbing.script import pick_device, refuse, run_main
+from prompts import SYSTEM, Prompts, add_prompt_arguments, stated_label
+from run import Fitted, Run
 
-INSTRUCTION = (  # below question and text
+INSTRUCTION = (  # what a teacher reads below a row's text; the question stands above the text
     'The answer is "{}". In one to three sentences, explain which facts in the text lead to this '
     "answer, in the words of the text."
 )
-# What an explanation says that knows of a label it was given; and what is markup, or broken
-TOLD = re.compile(r"\b((the|this|right|correct|given|known) (answer|label)|instructions?"
-                  r"|I (was|am) (told|given|asked)|as an ai)\b", re.IGNORECASE)
-MARKUP = re.compile("<\\|.*?\\|>|</?\\w+>|\\[/?INST|[\0-\x08\x0b-\x1f\x7f\ufffd\ud800-\udfff]")
 
 
-def faults(text, row, args):
-    """Names of the checks that an explanation of this row fails. The reader's comes after them."""
-    def stems(text):  # content words by their first five letters: "reports" meets "reported"
-        return {word[:5] for word in re.findall(r"[^\W\d_]{4,}", text.lower())}
+# --- what happens to a row ------------------------------------------------------------------------
+def explain_batch(rows, teacher, source, args):
+    """Rows with labels -> the same rows, explained where one of --tries samples passes every check.
 
-    def numbers(text):
-        return set(map(float, re.findall(r"\d*\.?\d+", re.sub(r"(?<=\d),(?=\d{3})", "", text))))
+    A row that has an explanation stays as it is. Every other row gets an `explanation_source`: the
+    entries of source (who explains, and with which arguments), `zero_shot` (the teacher's p of
+    class 1 before it is told the label), `tries` (how many samples it wrote) and `checks` (what
+    became of each sample: the first check that it failed, or "passed").
 
-    own = stems(text) - stems(args.question)
-    passed = {
-        "label": stated_label(text, args.labels)[0] in (None, row["label"]),
-        "told": not TOLD.search(text),
-        "grounded": len(own & stems(row["text"])) >= max(1, args.grounded * len(own)),
-        "numbers": numbers(text) <= numbers(f"{args.question} {row['text']}"),
-        "length": args.words[0] <= len(text.split()) <= args.words[1],
-        "unfinished": text.rstrip("\"')”’").endswith((".", "!", "?", "。")),
-        "loop": (repetition([text])[1] or 0) <= 0.2,
-        "prompt": not shingles(text) & shingles(f"{SYSTEM} {INSTRUCTION}")
-                  and args.question.lower() not in text.lower(),
-        "markup": not MARKUP.search(text),
-    }
-    return [name for name, good in passed.items() if not good]
-
-
-def without_thinking(reply):
-    """What follows a teacher's thinking; an unfinished thought says nothing."""
-    return reply.rsplit("</think>", 1)[-1].split("<think>")[0].replace("**", "").strip()
-
-
-def local_teacher(args):
-    """(write, score) of a model folder: write(texts, seeds) draws an answer to each text below the
-    question, score(texts) gives each the label-token score, p of class 1."""
-    prompts = Prompts(args.model, args.question, args.labels, args.format, args.max_prompt,
-                      args.max_answer)
-    teacher = Run(CLSGen(load_llama(args.model, *pick(args.dtype, None)).pack()), prompts,
-                  {"scorer": "label_token", "calibration": {"temperature": 1, "bias": 0},
-                   "threshold": 0.5})
-
-    def write(texts, seeds):
-        examples = encode_rows([{"id": None, "text": text} for text in texts], prompts)
-        draws = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-        def choose(logits):  # a generator a row: batch mates change nothing
-            return torch.cat([choose_token(row[None], args.temperature, args.top_p, draw)
-                              for row, draw in zip(logits, draws, strict=True)])
-
-        _, *tokens = teacher.run_batch(examples, choose=choose)
-        answers = [[i for i in ids if i not in prompts.stop_ids]
-                   for ids in torch.stack(tokens, 1).tolist()]
-        decode = partial(prompts.tokenizer.decode, skip_special_tokens=False)
-        return [without_thinking(decode(ids)) for ids in answers]
-
-    def score(texts):
-        return [record["probability"] for record in teacher.predict(texts, False, args.batch)]
-
-    return write, score
-
-
-def ask(text, temperature, seed, args):
-    """What a server with OpenAI's chat completions says to a text below the question. What may pass
-    is tried again: 429, 5xx, a connection that fails or is slow, a malformed reply. ValueError."""
-    key = os.environ.get(args.key_env or "", "").strip()
-    half = 2 * args.max_prompt  # characters, some four a token: the middle of a long text is cut
-    text = f"{text[:half]} ... {text[-half:]}" if len(text) > 2 * half else text
-    messages = [{"role": "system", "content": SYSTEM},
-                {"role": "user", "content": f"{args.question}\n\n{text}"}]
-    body = {"model": args.teacher, "messages": messages, "max_tokens": args.max_answer,
-            "temperature": temperature, "top_p": args.top_p, "seed": seed}
-    request = Request(args.endpoint.rstrip("/") + "/chat/completions", json.dumps(body).encode(),
-                      {"Content-Type": "application/json"})
-    if key:  # unredirected: a redirect must not hand it to another host
-        request.add_unredirected_header("Authorization", f"Bearer {key}")
-    for attempt in range(args.retries + 1):
-        wait = 2**attempt
-        try:
-            with urlopen(request, timeout=args.timeout) as reply:
-                said = json.loads(reply.read())["choices"][0]["message"]["content"] or ""
-            return without_thinking(said).replace(key or "\0", "[key]")
-        except HTTPError as error:
-            problem = f"HTTP {error.code} "
-            with suppress(OSError, HTTPException):
-                problem += error.read(500).decode(errors="replace")
-            if error.code < 500 and error.code != 429:
-                break  # such as a wrong model name
-            after = error.headers.get("Retry-After", "")
-            wait = min(int(after), 60) if after.isdecimal() else wait
-        except (OSError, HTTPException) as error:
-            problem = str(getattr(error, "reason", error)) or type(error).__name__
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            problem = "no chat completion in the reply"
-        if attempt < args.retries:
-            time.sleep(wait)
-    problem = " ".join(problem.replace(key or "\0", "[key]").split())
-    raise ValueError(printable(f"{args.endpoint}, model {args.teacher}: {problem}"))
-
-
-def server_teacher(args):
-    """The same from a server. It can only state a label: the score is 0 or 1, or .5 for neither."""
-    form = '{{}}\n\nAnswer with one word, "{}" or "{}".'.format(*args.labels)
-
-    def write(texts, seeds):
-        return [ask(text, args.temperature, seed, args)
-                for text, seed in zip(texts, seeds, strict=True)]
-
-    def score(texts):
-        replies = [ask(form.format(text), 0, args.seed, args) for text in texts]
-        stated = [stated_label(reply, args.labels)[0] for reply in replies]
-        return [0.5 if label is None else float(label) for label in stated]
-
-    return write, score
-
-
-def explain_batch(rows, write, score, args):
-    """Rows -> rows with an explanation, where one of --tries samples passes every check, and with
-    explanation_source. The last check is a reader who sees the question and the explanation only
-    and must find the label. A row that has an explanation stays as it is."""
+    The last check is a reader: the teacher itself, who sees the question and the explanation only
+    and must find the label.
+    """
     rows = [dict(row) for row in rows]
-    asked = [row for row in rows if "explanation" not in row]
-    for row, p in zip(asked, score([row["text"] for row in asked]), strict=True):
-        row["explanation_source"] = {"teacher": args.teacher, "arguments": args.fingerprint,
-                                     "zero_shot": round(p, 4), "tries": 0, "checks": []}
+
+    # What does the teacher say while it does not know the label?
+    unexplained = [row for row in rows if "explanation" not in row]
+    zero_shot = teacher.score([row["text"] for row in unexplained])
+    for row, p in zip(unexplained, zero_shot, strict=True):
+        row["explanation_source"] = {**source, "zero_shot": round(p, 4), "tries": 0, "checks": []}
+
     for attempt in range(args.tries):
-        if not (asked := [row for row in asked if "explanation" not in row]):
+        unexplained = [row for row in unexplained if "explanation" not in row]
+        if not unexplained:
             break
-        # The draws depend on seed, row and try, not on batch or resuming. Servers take 31 bits
-        keys = [f"{args.seed} {attempt} {row['id']}".encode() for row in asked]
-        seeds = [int.from_bytes(hashlib.sha256(key).digest()[:4], "big") >> 1 for key in keys]
-        texts = write([f"{row['text']}\n\n{INSTRUCTION.format(args.labels[row['label']])}"
-                       for row in asked], seeds)
-        passing = []
-        for row, text in zip(asked, texts, strict=True):
-            stated, rest = stated_label(text, args.labels)
-            if stated == row["label"]:  # "Yes. " is put there in training
-                text = rest[:1].upper() + rest[1:]
-            failed, source = faults(text, row, args), row["explanation_source"]
-            source["checks"].append(failed[0] if failed else "reader")
-            source["tries"] = attempt + 1
-            passing += [] if failed else [(row, text)]
-        for (row, text), p in zip(passing, score([text for _, text in passing]), strict=True):
-            if (p - 0.5) * (2 * row["label"] - 1) > 0:
-                row["explanation"], row["explanation_source"]["checks"][-1] = text, "passed"
+
+        # Now it is told, and writes a sample for each row
+        tasks = [task(row, args.labels) for row in unexplained]
+        seeds = [seed_of(row, attempt, args.seed) for row in unexplained]
+        samples = teacher.write(tasks, seeds)
+
+        # The checks that need no model
+        readable = []
+        for row, sample in zip(unexplained, samples, strict=True):
+            sample = without_label(sample, row, args.labels)
+            failed = failed_checks(sample, row, args)
+            row["explanation_source"]["tries"] = attempt + 1
+            if failed:
+                row["explanation_source"]["checks"].append(failed[0])
+            else:
+                readable.append((row, sample))
+
+        # The reader
+        read = teacher.score([sample for _, sample in readable])
+        for (row, sample), p in zip(readable, read, strict=True):
+            outcome = "reader"
+            if leans_to(row["label"], p):
+                outcome = "passed"
+                row["explanation"] = sample
+            row["explanation_source"]["checks"].append(outcome)
+
     return rows
 
 
-def resume(args, rows):
-    """The rows that --out has, after a half-written last line is cut off. ValueError, and nothing
-    is touched, where it was begun with other arguments or rows."""
-    if not args.out.exists():
-        return []
-    content, done = args.out.read_bytes(), []
-    whole = content[: content.rfind(b"\n") + 1]
-    for number, line in enumerate(whole.splitlines(), 1):
-        row = parse_row(line, number, labels=True)
-        given = rows[number - 1] if number <= len(rows) else {"id": None}
-        source = row.get("explanation_source")
-        began = source.get("arguments") if isinstance(source, dict) else None
-        if row["id"] != given["id"] or not ("explanation" in given or began == args.fingerprint):
-            raise ValueError(f"{args.out}:{number}: written with other arguments or for other "
-                             "rows; give another --out")
-        done.append(row)
-    os.truncate(args.out, len(whole))
-    return done
+def task(row, labels):
+    """The row's text and, below it, the label and what the teacher is to do."""
+    return f"{row['text']}\n\n{INSTRUCTION.format(labels[row['label']])}"
 
 
-def report(rows, labels):
-    """Prints by class what came of rows without explanation, and how good the teacher alone is."""
-    def counts(values):
-        return ", ".join(f"{name}: {n}" for name, n in sorted(Counter(values).items())) or "none"
+def seed_of(row, attempt, seed):
+    """The seed of one sample, 31 bits as servers take it.
 
-    shares, zero_shot = [], [row["explanation_source"]["zero_shot"] for row in rows]
-    for label, word in enumerate(labels):
-        mine = [row for row in rows if row["label"] == label]
-        kept = [row for row in mine if "explanation" in row]
-        sources = [row["explanation_source"] for row in mine]
-        lengths = [len(row["explanation"].split()) for row in kept] or [0]
-        against = sum(source["zero_shot"] < 0.5 if label else source["zero_shot"] > 0.5
-                      for source in sources)
-        shares.append(len(kept) / max(1, len(mine)))
-        print(f"{word}: {len(kept)} of {len(mine)} rows explained ({shares[label]:.0%})\n"
-              f"  samples   {counts(check for source in sources for check in source['checks'])}\n"
-              f"  by try    {counts(row['explanation_source']['tries'] for row in kept)}\n"
-              f"  words     {min(lengths)} to {max(lengths)}, median {np.median(lengths):.0f}\n"
-              f"  teacher   would label {against} of the rows otherwise")
-    if len({row["label"] for row in rows}) == 2:
-        y = [row["label"] for row in rows]
+    It depends on --seed, row and try alone: not on the batch, nor on where a job was continued.
+    """
+    key = f"{seed} {attempt} {row['id']}".encode()
+    return int.from_bytes(hashlib.sha256(key).digest()[:4], "big") >> 1
+
+
+def without_label(sample, row, labels):
+    """The sample without the row's label word in front: training puts "Yes. " there itself."""
+    stated, rest = stated_label(sample, labels)
+    if stated != row["label"]:
+        return sample
+    return rest[:1].upper() + rest[1:]
+
+
+def leans_to(label, p):
+    """Whether p of class 1 is on the label's side. At .5 it is on neither."""
+    return p > 0.5 if label == 1 else p < 0.5
+
+
+# --- the checks: does this text pass as an explanation of this row? -------------------------------
+def keeps_to_the_label(text, row, args):
+    """It does not state the other label."""
+    return stated_label(text, args.labels)[0] in (None, row["label"])
+
+
+def argues_from_the_text(text, row, args):
+    """It does not speak of a label that it was given, or of instructions."""
+    return not TOLD.search(text)
+
+
+def is_grounded(text, row, args):
+    """Enough of its content words come from the row's text; those of the question do not count."""
+    own = stems(text) - stems(args.question)
+    found = own & stems(row["text"])
+    return len(found) >= max(1, args.grounded * len(own))
+
+
+def invents_no_number(text, row, args):
+    """Each of its numbers stands in the question or in the row's text."""
+    return numbers(text) <= numbers(f"{args.question} {row['text']}")
+
+
+def has_the_right_length(text, row, args):
+    """It has as many words as --words allows."""
+    low, high = args.words
+    return low <= len(text.split()) <= high
+
+
+def is_finished(text, row, args):
+    """Its last sentence ends, perhaps within quotation marks."""
+    return text.rstrip("\"')”’").endswith((".", "!", "?", "。"))
+
+
+def does_not_loop(text, row, args):
+    """At most a fifth of its runs of four words are repeats."""
+    _, repeated = repetition([text])  # None where it has fewer than four words
+    return repeated is None or repeated <= 0.2
+
+
+def repeats_no_prompt(text, row, args):
+    """It repeats neither five words of our instructions nor the question."""
+    if shingles(text) & shingles(f"{SYSTEM} {INSTRUCTION}"):
+        return False
+    return args.question.lower() not in text.lower()
+
+
+def has_no_markup(text, row, args):
+    """It has no special tokens, no tags, and no broken or control characters."""
+    return not MARKUP.search(text)
+
+
+CHECKS = {  # by the names that explanation_source has for them
+    "label": keeps_to_the_label,
+    "told": argues_from_the_text,
+    "grounded": is_grounded,
+    "numbers": invents_no_number,
+    "length": has_the_right_length,
+    "unfinished": is_finished,
+    "loop": does_not_loop,
+    "prompt": repeats_no_prompt,
+    "markup": has_no_markup,
+}
+
+TOLD = re.compile(
+    r"\b((the|this|right|correct|given|known) (answer|label)|instructions?"
+    r"|I (was|am) (told|given|asked)|as an ai)\b",
+    re.IGNORECASE,
+)
+MARKUP = re.compile(
+    r"<\|.*?\|>|</?\w+>|\[/?INST"
+    "|[\0-\x08\x0b-\x1f\x7f\ufffd\ud800-\udfff]"
+)
+
+
+def failed_checks(text, row, args):
+    """The names of the checks that a text fails, in the order of CHECKS."""
+    failed = []
+    for name, passes in CHECKS.items():
+        if not passes(text, row, args):
+            failed.append(name)
+    return failed
+
+
+def stems(text):
+    """A text's content words, by their first five letters: "reports" meets "reported"."""
+    words = re.findall(r"[^\W\d_]{4,}", text.lower())
+    return {word[:5] for word in words}
+
+
+def numbers(text):
+    """The numbers in a text as floats: "1,000" is 1000, "64." is 64."""
+    text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
+    return set(map(float, re.findall(r"\d*\.?\d+", text)))
+
+
+# --- teachers: each writes texts, and scores them -------------------------------------------------
+class LocalTeacher:
+    """A model folder as the teacher."""
+
+    def __init__(self, args):
+        prompts = Prompts(args.model, args.question, args.labels, args.format, args.max_prompt,
+                          args.max_answer)
+        dtype, device = pick_device(args.dtype, None)
+        llama = pack(load_llama(args.model, dtype, device))
+        by_label_words = Fitted(scorer="label_token")  # it has no score head to ask
+        self.run = Run(CLSGen(llama), prompts, by_label_words, has_lora=False)
+        self.args = args
+
+    def write(self, texts, seeds):
+        """What it says to each text below the question, drawn with that text's own seed."""
+        prompts = self.run.prompts
+        temperature = self.args.temperature
+        top_p = self.args.top_p
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+        def choose(logits):  # each row by its own draws, whatever else is in the batch
+            tokens = []
+            for row, generator in zip(logits, generators, strict=True):
+                tokens.append(choose_token(row[None], temperature, top_p, generator))
+            return torch.cat(tokens)
+
+        examples = encode_rows([{"id": None, "text": text} for text in texts], prompts)
+        reading = self.run.read(examples)
+        steps = list(self.run.write(reading, choose=choose))  # of (B,) each
+
+        answers = []
+        for ids in torch.stack(steps, dim=1).tolist():
+            ids = [token for token in ids if token not in prompts.stop_ids]
+            # A special token in the middle must show: the check "markup" is to find it
+            answer = prompts.tokenizer.decode(ids, skip_special_tokens=False)
+            answers.append(without_thinking(answer))
+        return answers
+
+    def score(self, texts):
+        """The label-token score of each text below the question: p of class 1."""
+        records = self.run.predict(texts, explain=False, batch_size=self.args.batch)
+        return [record["probability"] for record in records]
+
+
+class ServerTeacher:
+    """The same from a server that speaks OpenAI's protocol."""
+
+    def __init__(self, args):
+        self.args = args
+        self.key = key_of(args)
+
+    def write(self, texts, seeds):
+        """What it says to each text below the question."""
+        answers = []
+        for text, seed in zip(texts, seeds, strict=True):
+            answers.append(self.ask(text, self.args.temperature, seed))
+        return answers
+
+    def score(self, texts):
+        """1 or 0 for the label that it states, .5 where it states none: a server tells no p."""
+        no, yes = self.args.labels
+        scores = []
+        for text in texts:
+            asked = f'{text}\n\nAnswer with one word, "{no}" or "{yes}".'
+            answer = self.ask(asked, 0, self.args.seed)
+            label, _ = stated_label(answer, self.args.labels)
+            scores.append(0.5 if label is None else float(label))
+        return scores
+
+    def ask(self, text, temperature, seed):
+        """One answer to a text below the question. ValueError if there is none."""
+        args = self.args
+        half = 2 * args.max_prompt  # in characters: a token has about four
+        if len(text) > 2 * half:
+            text = f"{text[:half]} ... {text[-half:]}"
+
+        body = {
+            "model": args.teacher,
+            "messages": [
+                {"role": "system", "content": SYSTEM},
+                {"role": "user", "content": f"{args.question}\n\n{text}"},
+            ],
+            "max_tokens": args.max_answer,
+            "temperature": temperature,
+            "top_p": args.top_p,
+            "seed": seed,
+        }
+        answer = complete(args.endpoint, body, self.key, args.timeout, args.retries)
+        return without_thinking(answer)
+
+
+def without_thinking(answer):
+    """What follows a teacher's thinking, without bold. A thought that does not end says nothing."""
+    said = answer.rsplit("</think>", 1)[-1]
+    said = said.split("<think>")[0]
+    return said.replace("**", "").strip()
+
+
+# --- the command ----------------------------------------------------------------------------------
+def main(argv=None):
+    args = parse_arguments(argv)
+    check_arguments(args)
+    rows = read_rows(args.data)
+
+    # Who explains, and what the explanations depend on
+    if args.model and not args.teacher:
+        args.teacher = args.model.resolve().name
+    basis = basis_of(args)
+    fingerprint = hashlib.sha256(json.dumps(basis).encode()).hexdigest()[:12]
+    source = {"teacher": args.teacher, "arguments": fingerprint}
+
+    # A server gets a row at a time, and several such requests at once. A local model's last digits
+    # depend on what else is in a batch, so its batches are always the same rows.
+    if args.endpoint:
+        teacher = ServerTeacher(args)
+        batch_size = 1
+    else:
+        teacher = LocalTeacher(args)
+        batch_size = args.batch
+    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+
+    def work(batch):
+        try:
+            return explain_batch(batch, teacher, source, args)
+        except ValueError as error:
+            raise ValueError(f"at row {batch[0]['id']!r}: {error}") from None
+
+    # The results gather in OUT.part, so that the same command continues after a stop
+    part = args.out.with_name(args.out.name + ".part")
+    about = {**basis, "rows_a_line": batch_size}
+    explained = []
+    with (
+        ThreadPool(args.concurrency) as pool,
+        tqdm(total=len(rows), desc="explain", unit="row") as bar,
+    ):
+        in_order = pool.imap if args.endpoint else map
+        for batch in continue_job(part, about, batches, work, in_order):
+            explained += batch
+            bar.update(len(batch))
+
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in explained]
+    write_atomically(args.out, "".join(lines))
+    part.unlink()
+    report(rows, explained, args.labels)
+
+
+def basis_of(args):
+    """Whatever an explanation depends on, by name; a JSON object.
+
+    Left out are the key, where the files are, and how fast it goes. The order of the names counts
+    for the fingerprint in explanation_source, so new ones belong at the end.
+    """
+    left_out = ("data", "out", "model", "key_env", "batch", "concurrency", "timeout", "retries")
+    basis = {"command": "explain"}
+    for name, value in vars(args).items():
+        if name not in left_out:
+            basis[name] = value
+
+    basis["model"] = base_fingerprint(args.model) if args.model else None
+    basis["instruction"] = INSTRUCTION
+    basis["data"] = sha256_of(args.data)
+    return basis
+
+
+def report(rows, explained, labels):
+    """Prints for each class what became of its rows, and how good the teacher is by itself.
+
+    rows are the rows before: those that were explained already do not count.
+    """
+    asked = []
+    for before, after in zip(rows, explained, strict=True):
+        if "explanation" not in before:
+            asked.append(after)
+
+    shares = [report_class(asked, label, labels[label]) for label in (0, 1)]
+
+    y = [row["label"] for row in asked]
+    if len(set(y)) == 2:
+        zero_shot = [row["explanation_source"]["zero_shot"] for row in asked]
         print(f"teacher's AUROC from the text alone: {auroc(y, zero_shot):.3f}")
         if abs(shares[1] - shares[0]) > 0.1:
             print("warning: the text will be learned from one class more than from the other")
 
 
-def explain(args):
-    """Rows with labels -> the same rows with explanations, appended to --out in their order."""
-    key = os.environ.get(args.key_env or "", "").strip()
-    wrong = [text for text, bad in (
-        ("--endpoint needs --teacher, the model's name there", args.endpoint and not args.teacher),
-        ("--endpoint is no http:// or https:// address without user and query",
-         args.endpoint and not re.fullmatch(r"https?://[^@?#\s]+", args.endpoint)),
-        ("--key-env names no variable that holds a key",
-         args.key_env and not (key and key.isascii() and key.isprintable())),
-        ("--tries, --batch, --concurrency and --words start at 1",
-         min(args.tries, args.batch, args.concurrency, *args.words) < 1),
-        ("--temperature starts at 0, --timeout and --top-p above it, --top-p ends at 1",
-         not (args.temperature >= 0 < args.timeout and 0 < args.top_p <= 1)),
-        ("--labels are not two words", len({word.strip().lower() for word in args.labels}) < 2),
-        (f"--out {args.out}: no such folder", not args.out.parent.is_dir()),
-    ) if bad]
-    if wrong:
-        raise ValueError("; ".join(wrong))
-    rows = read_rows(args.data)
-    args.teacher = args.teacher or args.model.resolve().name
-    # Whatever changes an explanation; no key, and not where the files are or how fast it goes
-    free = "data out model key_env batch concurrency timeout retries".split()
-    known = {name: value for name, value in vars(args).items() if name not in free}
-    known |= {"model": args.model and base_fingerprint(args.model), "instruction": INSTRUCTION,
-              "data": hashlib.sha256(args.data.read_bytes()).hexdigest()}
-    args.fingerprint = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
-    done, size = resume(args, rows), 1 if args.endpoint else args.batch
-    write, score = (server_teacher if args.endpoint else local_teacher)(args)
+def report_class(asked, label, word):
+    """Prints what became of one class's rows. Returns the share of them that is explained."""
+    rows = [row for row in asked if row["label"] == label]
+    kept = [row for row in rows if "explanation" in row]
+    share = len(kept) / max(1, len(rows))
 
-    def work(batch):
-        try:
-            return explain_batch(batch, write, score, args)
-        except ValueError as error:
-            raise ValueError(f"at row {batch[0]['id']!r}: {error}") from None
+    # All samples, those that were kept, and what the teacher said before it knew the label
+    outcomes = Counter()
+    against = 0
+    for row in rows:
+        source = row["explanation_source"]
+        outcomes.update(source["checks"])
+        against += leans_to(1 - label, source["zero_shot"])
 
-    # Batches of the whole file: a local model's last digits depend on batch mates
-    batches = [rows[i : i + size] for i in range(len(done) // size * size, len(rows), size)]
-    with (ThreadPool(args.concurrency) as pool, open(args.out, "ab") as file,
-          tqdm(total=len(rows), initial=len(done), desc="explain", unit="row") as bar):
-        for batch in (pool.imap if args.endpoint else map)(work, batches):
-            batch = batch[len(done) % size :]  # what a stop has left of the first
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in batch]
-            file.write("".join(lines).encode())
-            file.flush()
-            os.fsync(file.fileno())
-            done += batch
-            bar.update(len(batch))
-    asked = [new for row, new in zip(rows, done, strict=True) if "explanation" not in row]
-    report(asked, args.labels)
+    tries = Counter()
+    lengths = []
+    for row in kept:
+        tries[row["explanation_source"]["tries"]] += 1
+        lengths.append(len(row["explanation"].split()))
+    if not lengths:
+        lengths = [0]
+
+    print(f"{word}: {len(kept)} of {len(rows)} rows explained ({share:.0%})")
+    print(f"  samples   {counts(outcomes)}")
+    print(f"  by try    {counts(tries)}")
+    print(f"  words     {min(lengths)} to {max(lengths)}, median {np.median(lengths):.0f}")
+    print(f"  teacher   would label {against} of the rows otherwise")
+    return share
 
 
-def add_arguments(parser):
+def counts(counter):
+    """A Counter as text, sorted by name: "grounded: 2, passed: 17"."""
+    return ", ".join(f"{name}: {count}" for name, count in sorted(counter.items())) or "none"
+
+
+# --- arguments ------------------------------------------------------------------------------------
+def key_of(args):
+    """The key for the endpoint, from the environment variable that --key-env names; else ""."""
+    return os.environ.get(args.key_env or "", "").strip()
+
+
+def check_arguments(args):
+    """ValueError names everything that is wrong with the arguments; nothing was done before it."""
+    problems = []
+
+    # The endpoint is not shown: where it is wrong, it may well hold a password
+    if args.endpoint and not args.teacher:
+        problems.append("--endpoint needs --teacher, the model's name there")
+    if args.endpoint and not re.fullmatch(r"https?://[^@?#\s]+", args.endpoint):
+        problems.append("--endpoint must be an http:// or https:// address without user and query")
+    key = key_of(args)
+    if args.key_env and not (key and key.isascii() and key.isprintable()):
+        problems.append("--key-env must name an environment variable that holds a key")
+
+    counts = {
+        "--concurrency": args.concurrency,
+        "--tries": args.tries,
+        "--words": min(args.words),
+        "--batch": args.batch,
+    }
+    for flag, value in counts.items():
+        if value < 1:
+            problems.append(f"{flag} is {value}, expected 1 or more")
+    if args.retries < 0:
+        problems.append(f"--retries is {args.retries}, expected 0 or more")
+    if not args.timeout > 0:
+        problems.append(f"--timeout is {args.timeout}, expected more than 0 seconds")
+    if not args.temperature >= 0:
+        problems.append(f"--temperature is {args.temperature}, expected 0 or more")
+    if not 0 < args.top_p <= 1:
+        problems.append(f"--top-p is {args.top_p}, expected a number above 0 and up to 1")
+    if len({word.strip().lower() for word in args.labels}) < 2:
+        problems.append("--labels must be two different words")
+
+    if args.out.exists():
+        problems.append(f"{args.out} exists; give another --out")
+    if not args.out.parent.is_dir():
+        problems.append(f"--out {args.out}: no such folder")
+    refuse(problems)
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     teacher = parser.add_mutually_exclusive_group(required=True)
     teacher.add_argument("--model", type=Path, help="the teacher: a Hugging Face folder")
     teacher.add_argument("--endpoint", help="or a server, OpenAI's protocol: http://host:port/v1")
     add = parser.add_argument
     add("--data", required=True, type=Path, help="JSON Lines rows with labels")
-    add("--out", required=True, type=Path, help="the rows explained; goes on where it stopped")
+    add("--out", required=True, type=Path, help="the rows, explained; continues after a stop")
     add("--teacher", help="the model's name at the endpoint")
     add("--key-env", help="environment variable that holds the endpoint's key")
     add("--concurrency", type=int, default=4, help="requests at a time")
     add("--timeout", type=float, default=120, help="seconds that a server may be silent")
     add("--retries", type=int, default=5, help="of a request, after 1, 2, 4, ... seconds")
-    add("--tries", type=int, default=4, help="samples a row")
+    add("--tries", type=int, default=4, help="samples for a row")
     add("--temperature", type=float, default=0.7, help="of the samples")
-    add("--top-p", type=float, default=0.9, help="draw from this share of the mass")
+    add("--top-p", type=float, default=0.9, help="draw from this share of the probability mass")
     add("--seed", type=int, default=0, help="of the draws")
     add("--grounded", type=float, default=0.5, help="least share of content words from the text")
     add("--words", type=int, nargs=2, default=[5, 80], metavar=("LOW", "HIGH"), help="length")
     add("--batch", type=int, default=16, help="rows at a time with --model")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     add_prompt_arguments(parser)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_main(main)
