@@ -70,7 +70,7 @@ def raise_error(stderr, out):
     absent = r"(ModuleNotFoundError|ImportError): |.*: can't open file "
     absent = [line for line in lines if re.match(absent, line)]
     if absent:
-        raise Missing(absent[0])
+        raise Missing(absent[0].split("python: ")[-1])
     errors = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|error|Exception)\b.*:", line)
               and "ChildFailedError" not in line]
     raise Failed(f"{(errors or lines or ['no message'])[-1][:300]} (see {out / 'log.txt'})")
@@ -334,9 +334,9 @@ def explain(c, tree, out):
     own = "__main__" in (tree / "explain.py").read_text()
     command = ["explain.py"] if own else script(tree, "no such file", ["data.py", "explain"])
     teacher = c.old / "results" / "export" / "joint" / "merged"
-    flags = "--words 1 80 --grounded 0 --temperature 0.1 --tries 3 --batch 4 --dtype float32 --max-answer 110"
+    flags = "--words 1 80 --grounded 0 --temperature 0.1 --tries 3 --batch 4 --dtype float32"
     python(tree, out, *command, "--model", teacher, "--data", c.inputs / "train.jsonl", "--out",
-           out / "rows.jsonl", *flags.split())
+           out / "rows.jsonl", "--max-answer", 110, *flags.split())
 
 
 def compare_explained(c, old, new):
@@ -383,8 +383,8 @@ def golden(c, tree, out):
     probe(tree, out, "golden", *runs, *merged, *families)
 
 
-LONG = "--model {inputs}/tiny --data {inputs}/train.jsonl --dtype float32 --epochs 30" \
-       " --valid-every 80 --keep-best --save-every 1000"
+LONG = "--model {inputs}/tiny --data {inputs}/train.jsonl --dtype float32 --epochs 20" \
+       " --valid-every 8 --keep-best --save-every 1000 --lr 0.1"
 
 
 def resume(c, tree, out):
@@ -398,8 +398,8 @@ def resume(c, tree, out):
     python(tree, out, "train.py", "--resume", out / "resumed")
 
 
-def stop_training(tree, out, command, folder, after=25):
-    """Starts a training and sends SIGINT after some steps."""
+def stop_training(tree, out, command, folder, after=45):
+    """Starts a training and sends SIGINT after some lines of its log (past the best step, 32)."""
     with open(out / "stopped.txt", "w") as log:
         process = subprocess.Popen([sys.executable, *map(str, command)], cwd=tree, stdout=log,
                                    stderr=log, env=environment())
@@ -517,12 +517,12 @@ class Comparison:
             return dict(zip(PARTS[part], pool.map(one, PARTS[part]), strict=True))
 
     def compare(self, part, errors):
-        """(the checks that are missing, the lines on differences) of a part."""
-        missing, lines = [], []
+        """({what is missing: checks}, the lines on differences) of a part."""
+        missing, lines = {}, []
         for check, (_, compare) in PARTS[part].items():
             error = errors[check]
             if isinstance(error, Missing):
-                missing.append(f"{check}: {error}")
+                missing.setdefault(str(error), []).append(check)
                 continue
             try:
                 found = [f"fails: {error}"] if error else compare(
@@ -551,8 +551,8 @@ def check_part(c, part, jobs):
     print(f"{part:8} {verdict}  ({len(PARTS[part])} checks, {took})")
     for text in lines:
         print(f"           {text}")
-    if missing:
-        print(f"           not there yet: {'; '.join(missing)}")
+    for text, checks in missing.items():
+        print(f"           not there yet: {', '.join(checks)}: {text}")
     for note in c.notes:
         print(f"           note: {note}")
     sys.stdout.flush()
