@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-BLOCK = 256  # queries at a time
-LONGEST_BY_HAND = 2048  # the mask is T x T; longer rows take PyTorch's attention
-LONGEST_KEPT = 1024  # the probabilities of longer rows would be most of training's memory
+BLOCK = 256  # queries at a time, in attention by hand
+# Longer prompts take PyTorch's attention, as by hand there is a mask of T x T. (Where a sliding
+# window is shorter than the row there is a mask anyway.)
+LONGEST_PROMPT_BY_HAND = 2048
+# Of rows with more keys, training recomputes the probabilities: kept, they would be most of memory
+MOST_KEYS_KEPT = 1024
 
 
 def attend(q, k, v, mask):
@@ -23,7 +26,7 @@ def attend(q, k, v, mask):
     if mask is None or q.device.type != "cpu":
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-    if mask.shape[-1] > LONGEST_KEPT:
+    if mask.shape[-1] > MOST_KEYS_KEPT:
         return recomputed(attend_by_hand, q, k, v, mask)
     return attend_by_hand(q, k, v, mask)
 
@@ -32,12 +35,13 @@ def causal_mask(positions, is_prompt, window, dtype):
     """0 where a token may look and -inf elsewhere, (B or 1, 1, T, S), to be added to the scores.
 
     None where plain causal attention does the same and needs no mask. positions (B or 1, T) of the
-    queries; is_prompt: the rows begin with them; window: how many tokens a token sees, or None.
+    queries; is_prompt: they are the first tokens of their rows, so there are no earlier keys;
+    window: how many tokens a token sees, itself included, or None for all.
     """
     if window is None:
         window = math.inf
     n_queries = positions.shape[1]
-    by_hand = positions.device.type == "cpu" and n_queries <= LONGEST_BY_HAND
+    by_hand = positions.device.type == "cpu" and n_queries <= LONGEST_PROMPT_BY_HAND
     if is_prompt and not by_hand and n_queries <= window:
         return None
 
@@ -61,14 +65,15 @@ def attend_by_hand(q, k, v, mask):
     v = v.flatten(0, 1)
 
     outputs = []
-    seen = S - T  # keys that stand before the first query
+    seen = S - T  # keys before the first query of the longest row; others have a mask for the rest
     for queries, mask_part in zip(q.split(BLOCK, dim=2), mask.split(BLOCK, dim=2), strict=True):
         size = queries.shape[2]
         seen += size
         keys = k[:, :seen]
         rows = queries.reshape(B * K, -1, E)  # (B K, H / K * size, E)
 
-        # Keys of one new token are a slice of the cache, which would be copied if it came second
+        # For one new token the keys are a slice of the cache, which a product would copy if it
+        # stood on the right
         if size == 1:
             scores = (keys @ rows.mT).mT
         else:

@@ -1,28 +1,31 @@
 """CLSGen (arXiv 2604.11801): a probability and a written explanation from one language model.
 
-A row is a prompt (question and text) and, in training, an answer ("Yes. Because ..."). One forward
-pass over both gives the hidden states h, and two heads read them:
+A row is a prompt (question and text) with a label y, 0 or 1. If the row has an explanation, it also
+has an answer: the label's word, the explanation, and the end of turn ("Yes. Because ..."). One
+forward pass over prompt and answer gives the hidden states h, and two heads read them:
 
-      prompt tokens (question + text)          | answer tokens: "Yes. Because ..."
-      ----------------------------------- x_P  | a_1  a_2 ... a_A
+      prompt tokens (question + text)       | answer tokens: "Yes. Because ..."
+      x_1  x_2  ...                    x_P  | a_1  a_2     ...  a_n
                      Llama + LoRA (one forward pass)
-                                  h_P          | h_P  h_1 ... h_{A-1}
-                                   |                   |
-                       score head: D -> 1         lm_head: D -> V
-                          logit z                p(a_t | x, a_<t)
+                                       h_P  | h_P  h_{P+1} ...  h_{P+n-1}
+                                        |                  |
+                           score head: D -> 1        lm_head: D -> V
+                               logit z               p(a_t | x, a_<t)
 
       L = w_cls * mean over examples BCE(z, y)  +  w_lm * mean over answer tokens CE
 
-The score head reads the last prompt token and nothing else. Attention is causal, so h_P cannot know
-the answer: the probability sigmoid(z) is the same whatever is written after it.
+sigmoid(z) is the probability of label 1, "yes". The score head reads the last prompt token and
+nothing else, and attention is causal: h_P cannot know the answer, so the probability is the same
+whatever is written after it. A row without an answer is in the first mean and not in the second.
 
-The baselines are the same loss with one weight at zero: w_lm = 0 is a plain classifier, w_cls = 0
-is plain generative fine-tuning.
+The baselines are the same loss with one weight at zero. w_lm = 0 is a plain classifier. w_cls = 0 is
+plain generative fine-tuning: its head is never trained, and its probability is that of the words,
+p("Yes.") / (p("Yes.") + p("No.")).
 
-Notation: B rows, T tokens, D hidden size, V vocabulary, A answer tokens of the whole batch.
+Notation: B rows, T tokens, D hidden size, V vocabulary; P prompt tokens and n answer tokens of one
+row; A answer tokens of the whole batch.
 """
 
-import math
 from contextlib import contextmanager
 
 import torch
@@ -37,25 +40,27 @@ class CLSGen(nn.Module):
 
     def __init__(self, llama):
         super().__init__()
-        self.model = llama  # this name and the next are Hugging Face's, and so the files have them
-        weight = llama.norm.weight
-        self.score = nn.Linear(len(weight), 1, bias=False, device=weight.device)  # float32
+        # `model` and `score` are Hugging Face's names, so saved parameters have the same keys
+        self.model = llama
+        hidden_size = llama.config.hidden_size
+        device = llama.norm.weight.device
+        self.score = nn.Linear(hidden_size, 1, bias=False, device=device)  # float32 on any base
 
     def read_out(self, hidden, prompt_end):
         """The logit z of each row, (B,): the score head on the state of its last prompt token.
 
-        Training, prediction and the check of a run folder all come here, and nowhere else.
-        hidden (B, T, D); prompt_end (B,), the index of each row's last prompt token.
+        hidden (B, T, D); prompt_end (B,), the index of each row's last prompt token. This is the
+        only place that makes z: training, prediction and the check of a saved run call it.
         """
-        rows = torch.arange(len(hidden), device=hidden.device)
-        h_P = hidden[rows, prompt_end]  # (B, D)
+        h_P = states_at(hidden, prompt_end)  # (B, D)
         return self.score(h_P.float()).squeeze(-1)
 
     def forward(self, batch):
         """One pass for both heads: z (B,) and the logits of the answer tokens (A, V).
 
-        `batch` has input_ids (B, T), prompt_end (B,), and for each answer token the row and the
-        position of the hidden state that predicts it: answer_rows and answer_positions (A,).
+        batch: a data.Batch of rows that are padded on the right. It knows prompt_end from the
+        lengths of the prompts. Answer token i belongs to row answer_rows[i], and the state that
+        predicts it is the one before it, at answer_positions[i].
         """
         hidden = self.model(batch.input_ids)  # (B, T, D)
         z = self.read_out(hidden, batch.prompt_end)
@@ -66,51 +71,58 @@ class CLSGen(nn.Module):
 
     @torch.no_grad()
     def start_head(self, label_ids):
-        """Starts the score head at the label words, so that z is the model's own log-odds.
+        """Starts the score head as lm_head's row for "Yes" minus its row for "No".
 
-        It becomes lm_head's row for "Yes" minus its row for "No". Both losses then move a hidden
-        state along one line from the first step on; the idea is that of LM-BFF (arXiv 2012.15723).
+        z is then the model's own log-odds of the two words, and both losses push h_P in the same
+        direction from the first step on (as in LM-BFF, arXiv 2012.15723). A random start would
+        push it anywhere, and a start at zero would give LoRA no gradient from the BCE.
 
-        label_ids: the token ids of "No." and of "Yes.". The first tokens that differ are taken; if
-        none differ, the head starts at zero.
+        label_ids: the token ids of "No." and of "Yes.". Of two words that begin with the same
+        tokens, the first tokens that differ are taken; if none differ, the head starts at zero.
         """
-        rows = self.model.output_weight()  # (V, D)
+        weight = self.model.output_weight()  # (V, D)
         self.score.weight.zero_()
         no_ids, yes_ids = label_ids
         for no, yes in zip(no_ids, yes_ids, strict=False):
             if no != yes:
-                self.score.weight.copy_(rows[yes].float() - rows[no].float())
+                self.score.weight.copy_(weight[yes].float() - weight[no].float())
                 return
 
-    def parameter_groups(self):
-        """Each parameter once, by its part in training: {"lora" | "head" | "frozen": {name: it}}.
+    def parameters_by_part(self):
+        """All parameters by their part in training, {part: {name: parameter}}.
 
-        Training, saving and loading all ask here.
+        The parts are "lora" and "head", which are trained and saved, and "frozen".
         """
-        groups = {"lora": {}, "head": {}, "frozen": {}}
+        parts = {"lora": {}, "head": {}, "frozen": {}}
         for name, parameter in self.named_parameters():
             if ".lora_" in name:
-                kind = "lora"
+                part = "lora"
             elif name.startswith("score."):
-                kind = "head"
+                part = "head"
             else:
-                kind = "frozen"
-            groups[kind][name] = parameter
-        return groups
+                part = "frozen"
+            parts[part][name] = parameter
+        return parts
+
+
+def states_at(hidden, positions):
+    """The hidden state of each row at its own position: (B, T, D) and (B,) -> (B, D)."""
+    rows = torch.arange(len(hidden), device=hidden.device)
+    return hidden[rows, positions]
 
 
 # --- the joint loss -------------------------------------------------------------------------------
 def joint_loss(z, y, logits, targets, n_examples, n_tokens):
-    """The terms of the loss, by name: {"bce": ..., "lm": ...}. A new term is one more entry.
+    """The terms of the loss by name, {"bce": ..., "lm": ...}. A new term is one more entry.
 
-    z, y (B,); logits (A, V); targets (A,). A row without an explanation has no answer tokens: it is
-    in the first term and not in the second.
+    z, y (B,) of a micro-batch; logits (A, V) and targets (A,) of its answer tokens.
 
-    The sums of a micro-batch are divided by the counts of the whole optimizer step, n_examples and
-    n_tokens. So micro-batches add up to the gradient of one large batch, and short answers weigh no
-    more than long ones, which a mean over micro-batch means would do.
+    n_examples and n_tokens are the two denominators: the examples and the answer tokens of the
+    whole optimizer step, all its micro-batches on all GPUs. So micro-batches add up to the gradient
+    of one large batch, and every answer token weighs the same. (A mean of micro-batch means would
+    overweight the tokens of a micro-batch with short answers.)
 
-    ValueError for a label that is not 0 or 1, which binary cross-entropy would silently accept.
+    ValueError for a label that is not 0 or 1, which PyTorch's function would silently accept.
     """
     if not ((y == 0) | (y == 1)).all():
         raise ValueError(f"labels are {y.tolist()}, expected 0 or 1 for binary cross-entropy")
@@ -119,15 +131,15 @@ def joint_loss(z, y, logits, targets, n_examples, n_tokens):
     cross_entropy = F.cross_entropy(logits.float(), targets, reduction="sum")
     return {
         "bce": bce / n_examples,
-        "lm": cross_entropy / max(n_tokens, 1),  # a step without any answer token has none
+        "lm": cross_entropy / max(n_tokens, 1),  # without answer tokens it is 0 / 1, and not 0 / 0
     }
 
 
 def total_loss(terms, weights):
     """L, the weighted sum of the terms. A term that `weights` does not name has weight 1.
 
-    A term of weight 0 stays in the sum, so that every trained parameter gets a gradient, if only a
-    zero one, in each micro-batch: DistributedDataParallel waits for them all.
+    A term of weight 0 stays in the sum. So the score head gets a gradient, of zeros, even when
+    w_cls = 0: DistributedDataParallel waits for one for each trainable parameter.
     """
     total = 0.0
     for name, term in terms.items():
@@ -154,20 +166,20 @@ class LoRALinear(nn.Module):
         self.scale = alpha / rank
         self.lora_on = True  # see `base_model`
 
+        # PyTorch's own start for A, U(+-1/sqrt(in)), is peft's too. B's is not even drawn
         device = base.weight.device
-        self.lora_A = skip_init(nn.Linear, base.in_features, rank, bias=False, device=device)
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device)
         self.lora_B = skip_init(nn.Linear, rank, base.out_features, bias=False, device=device)
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # as peft: U(+-1/sqrt(in))
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x):
         y = self.base(x)
         if not self.lora_on:
             return y
-        A = self.lora_A.weight.to(x.dtype)
-        B = self.lora_B.weight.to(x.dtype)
-        low_rank = self.scale * F.linear(x, A)  # (..., rank)
-        return y.add_(F.linear(low_rank, B))  # in place: a second tensor of y's size is spared
+        down = self.lora_A.weight.to(x.dtype)
+        up = self.lora_B.weight.to(x.dtype)
+        low_rank = self.scale * F.linear(x, down)  # (..., rank)
+        return y.add_(F.linear(low_rank, up))  # in place to save memory: no gradient needs y itself
 
 
 def add_lora(llama, rank, alpha, targets=TARGETS):
@@ -193,7 +205,8 @@ def add_lora(llama, rank, alpha, targets=TARGETS):
 
 @contextmanager
 def base_model(model):
-    """Inside this block the model computes as before training: its LoRA is switched off."""
+    """Inside `with base_model(model):` its LoRA is switched off, as before training."""
+    # LoRALinear, or what plumbing/packed.py has put in its place
     adapted = [module for module in model.modules() if hasattr(module, "lora_on")]
     for module in adapted:
         module.lora_on = False
@@ -205,46 +218,26 @@ def base_model(model):
 
 
 # --- prediction: a prompt is read once ------------------------------------------------------------
-def choose_token(logits, temperature=0.0, top_p=1.0, generator=None):
-    """The next token of each row, (B, V) -> (B,): at temperature 0 the likeliest one.
-
-    Else a draw from softmax(logits / temperature), among the fewest tokens that together have the
-    probability top_p (nucleus sampling, arXiv 1904.09751).
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    p = (logits / temperature).softmax(-1)
-
-    # All tokens below (1 - top_p) / V together weigh less than 1 - top_p, so that none of them is
-    # drawn: only the others have to be sorted
-    likely = p >= (1 - top_p) / p.shape[-1]
-    p, ids = p.topk(int(likely.sum(-1).max()))  # (B, n), the likeliest first
-
-    before = p.cumsum(-1) - p
-    p[before > top_p] = 0  # the token that crosses top_p still counts
-    drawn = torch.multinomial(p.cpu(), 1, generator=generator)
-    return ids.gather(-1, drawn.to(ids.device)).squeeze(-1)
-
-
 class Reading:
-    """What is left of a batch of prompts after one pass: hidden states and the key/value cache.
+    """What one pass over a batch of prompts leaves: hidden states and a key/value cache.
 
-    Everything else continues from here: z, the probability of a label's words, and the text. The
+    Everything else follows from them: z, the probability of a label's words, and the text. The
     prompt is never run a second time.
     """
 
     @torch.inference_mode()
     def __init__(self, model, input_ids, prompt_end, room):
-        """input_ids (B, T), padded on the right; prompt_end (B,); room for that many new tokens."""
+        """model: a CLSGen. input_ids (B, T) are prompts, padded on the right; prompt_end (B,).
+
+        room: how many tokens may follow a prompt.
+        """
         n_rows, n_tokens = input_ids.shape
         self.model = model
         self.llama = model.model
         self.prompt_end = prompt_end
         self.cache = self.llama.new_cache(n_rows, n_tokens + room)
         self.hidden = self.llama(input_ids, self.cache)  # (B, T, D)
-
-        rows = torch.arange(n_rows, device=input_ids.device)
-        self.last = self.hidden[rows, prompt_end]  # (B, D), what the first new token follows from
+        self.h_P = states_at(self.hidden, prompt_end)  # (B, D), which predicts the next token
 
     @torch.inference_mode()
     def z(self):
@@ -253,9 +246,13 @@ class Reading:
 
     @torch.inference_mode()
     def log_probability(self, ids):
-        """log p(ids | prompt) of each row, (B,), for the token ids of one string such as "Yes."."""
-        tokens = torch.tensor(ids, device=self.last.device).expand(len(self.last), -1)  # (B, n)
-        hidden = self.last[:, None]  # (B, 1, D)
+        """log p(ids | prompt) of each row, (B,), for the token ids of one string such as "Yes.".
+
+        The first of them is predicted by h_P, and each other one by the token before it. What this
+        leaves in the cache does no harm: `write` puts its own tokens in the same places first.
+        """
+        tokens = torch.tensor(ids, device=self.h_P.device).expand(len(self.h_P), -1)  # (B, n)
+        hidden = self.h_P[:, None]  # (B, 1, D)
         if len(ids) > 1:
             steps = torch.arange(1, len(ids), device=tokens.device)
             positions = self.prompt_end[:, None] + steps
@@ -266,26 +263,50 @@ class Reading:
         return log_p.gather(-1, tokens[..., None]).sum((1, 2))
 
     @torch.inference_mode()
-    def write(self, stop_ids, max_tokens, choose=choose_token, openings=()):
+    def write(self, stop_ids, max_tokens, choose=None, openings=()):
         """Yields the next token of each row, (B,), until every row has written one of stop_ids.
 
-        A row that has stopped goes on with stop_ids[0]. `openings`: token ids that each row's text
-        has to begin with. choose(logits (B, V)) picks the others.
+        A row that has stopped gets stop_ids[0] from then on. choose(logits (B, V)) picks the tokens,
+        by default the likeliest. openings: for each row the token ids that its text has to begin
+        with; empty, the texts begin as they like.
         """
-        stop_ids = torch.tensor(stop_ids, device=self.last.device)
-        stopped = torch.zeros(len(self.last), dtype=torch.bool, device=self.last.device)
-        last = self.last
+        if choose is None:
+            choose = choose_token
+        stop_ids = torch.tensor(stop_ids, device=self.h_P.device)
+        stopped = torch.zeros(len(self.h_P), dtype=torch.bool, device=self.h_P.device)
+        last = self.h_P
 
-        for step in range(max_tokens):
+        for n_written in range(max_tokens):
             tokens = choose(self.llama.logits(last).float())
             for row, opening in enumerate(openings):
-                if step < len(opening):
-                    tokens[row] = opening[step]
+                if n_written < len(opening):
+                    tokens[row] = opening[n_written]
             tokens[stopped] = stop_ids[0]
             yield tokens
 
             stopped |= torch.isin(tokens, stop_ids)
-            if stopped.all():
+            if stopped.all() or n_written + 1 == max_tokens:
                 return
-            positions = self.prompt_end[:, None] + 1 + step
+            positions = self.prompt_end[:, None] + 1 + n_written  # each row's own
             last = self.llama(tokens[:, None], self.cache, positions)[:, 0]
+
+
+def choose_token(logits, temperature=0.0, top_p=1.0, generator=None):
+    """The next token of each row, (B, V) -> (B,): at temperature 0 the likeliest one.
+
+    Otherwise a draw from softmax(logits / temperature), among the fewest tokens that together have
+    the probability top_p (nucleus sampling, arXiv 1904.09751).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = (logits / temperature).softmax(-1)
+
+    # Only some hundred tokens are sorted. Each of the V tokens that is less likely than
+    # (1 - top_p) / V can be left out: together they have less than the 1 - top_p that is cut anyway
+    likely = p >= (1 - top_p) / p.shape[-1]
+    p, ids = p.topk(int(likely.sum(-1).max()))  # (B, n), the likeliest first
+
+    before = p.cumsum(-1) - p
+    p[before > top_p] = 0  # the token that crosses top_p still counts
+    drawn = torch.multinomial(p.cpu(), 1, generator=generator)  # on the CPU, as the generator is
+    return ids.gather(-1, drawn.to(ids.device)).squeeze(-1)

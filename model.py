@@ -4,8 +4,8 @@ Each block adds attention and then a gated MLP to its input, each after an RMSNo
 as rotations of queries and keys. Reference: github.com/huggingface/transformers,
 src/transformers/models/llama/modeling_llama.py. Papers: Llama, arXiv 2302.13971 and 2407.21783.
 
-Notation: B rows, T tokens of this call, S keys (those in the cache too), D hidden size, V
-vocabulary; H heads and K key/value heads, each of size E.
+Notation: B rows, T tokens of this call, S keys (those in the cache too), C tokens that a cache has
+room for, D hidden size, V vocabulary; H heads and K key/value heads, each of size E.
 """
 
 import math
@@ -51,11 +51,16 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
             self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 
-    def qkv(self, x):
+    def qkv(self, x):  # a method of its own: plumbing/packed.py makes it one product
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
-    def forward(self, x, rope, mask, cache=None, at=None):
-        """x (B, T, D) -> (B, T, D). rope: cos and sin; cache, at: see `Llama.forward`."""
+    def forward(self, x, rope, mask, cache=None, places=None):
+        """x (B, T, D) -> (B, T, D).
+
+        rope: the rotations, of `rope_cos_sin`; mask: see attention.py. cache: this layer's keys and
+        values, (2, B, K, C, E); places: the rows (B, 1) and positions (B or 1, T) in it where the
+        keys and values of this call go.
+        """
         B, T, _ = x.shape
         q, k, v = (part.view(B, T, -1, self.head_dim) for part in self.qkv(x))
         if self.q_norm is not None:
@@ -66,10 +71,12 @@ class Attention(nn.Module):
         k = rotate(k.transpose(1, 2), *rope)  # (B, K, T, E)
         v = v.transpose(1, 2)
 
-        if cache is not None:  # this layer's keys and values, (2, B, K, S, E)
-            cache[0][at] = k.transpose(1, 2)
-            cache[1][at] = v.transpose(1, 2)
-            if mask is not None:  # without a mask this is a prompt, which sees only itself
+        if cache is not None:
+            rows, positions = places
+            keys, values = cache
+            keys[rows, :, positions] = k.transpose(1, 2)  # (B, T, K, E)
+            values[rows, :, positions] = v.transpose(1, 2)
+            if mask is not None:  # without one, these tokens begin their rows: no key is missing
                 k, v = cache[:, :, :, : mask.shape[-1]]
 
         y = attend(q, k, v, mask)  # (B, H, T, E)
@@ -77,16 +84,16 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(activation(gate(x)) * up(x)), with silu this is SwiGLU (arXiv 2002.05202)."""
+    """down(activation(gate(x)) * up(x)). With silu this is SwiGLU (arXiv 2002.05202)."""
 
     def __init__(self, c):
         super().__init__()
-        self.activation = ACTIVATIONS[c.activation]
+        self.activation = ACTIVATIONS[c.activation]  # a table at the end of this file
         self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
-    def gate_up(self, x):
+    def gate_up(self, x):  # a method of its own: plumbing/packed.py makes it one product
         return self.gate_proj(x), self.up_proj(x)
 
     def product(self, gate, up):
@@ -94,11 +101,16 @@ class MLP(nn.Module):
 
     def forward(self, x):
         gate, up = self.gate_up(x)  # (B, T, intermediate size) each
-        return self.down_proj(recomputed(self.product, gate, up))
+        product = recomputed(self.product, gate, up)
+        return self.down_proj(product)
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to its input."""
+    """Attention and MLP, each added to its input.
+
+    recomputed(f, x) is f(x). In training the backward pass computes it once more, so that the large
+    tensors inside f need not be kept until then.
+    """
 
     def __init__(self, c):
         super().__init__()
@@ -107,9 +119,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, rope, mask, cache=None, at=None):
-        x = x + self.self_attn(recomputed(self.input_layernorm, x), rope, mask, cache, at)
-        return x + self.mlp(recomputed(self.post_attention_layernorm, x))
+    def forward(self, x, rope, mask, cache=None, places=None):
+        normed = recomputed(self.input_layernorm, x)
+        x = x + self.self_attn(normed, rope, mask, cache, places)
+        normed = recomputed(self.post_attention_layernorm, x)
+        return x + self.mlp(normed)
 
 
 class Llama(nn.Module):
@@ -118,19 +132,20 @@ class Llama(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.checkpointing = False  # True: each block is computed again in the backward pass
+        self.checkpointing = False  # True: whole blocks are recomputed, for less memory still
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None  # where it is tied: the embedding serves
+        self.lm_head = None  # then the embedding matrix takes its place, see `logits`
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, input_ids, cache=None, positions=None):
         """input_ids (B, T) -> hidden states after the final norm, (B, T, D).
 
-        Rows are padded on the right, so that causal attention alone keeps pads out of every token.
-        With a cache of `new_cache`: first the prompts, then more tokens at their positions (B, T).
+        Rows are padded on the right, so that the causal mask alone keeps a token from seeing pads.
+        With a cache of `new_cache`: the first call takes the prompts, later calls take the tokens
+        that follow and their positions (B, T).
         """
         x = self.embed_tokens(input_ids)  # (B, T, D)
         B, T, _ = x.shape
@@ -141,14 +156,10 @@ class Llama(nn.Module):
         rope = rope_cos_sin(self.config, positions, x.dtype)
         mask = causal_mask(positions, is_prompt, self.config.sliding_window, x.dtype)
 
-        # Where this call's keys go in a layer's (B, K, S, E): each row at its own positions. The
-        # two indices stand around a slice and so come first in what is picked, (B, T, K, E)
-        rows = torch.arange(B, device=x.device)[:, None]
-        at = (rows, slice(None), positions)
-
-        for i, block in enumerate(self.layers):
+        places = (torch.arange(B, device=x.device)[:, None], positions)
+        for layer, block in enumerate(self.layers):
             if cache is not None:
-                x = block(x, rope, mask, cache[i], at)
+                x = block(x, rope, mask, cache[layer], places)
             elif self.checkpointing:
                 x = recomputed(block, x, rope, mask)
             else:
@@ -157,18 +168,18 @@ class Llama(nn.Module):
 
     def logits(self, hidden):
         """Hidden states (..., D) -> logits over the vocabulary (..., V)."""
-        if self.lm_head is not None:
-            return self.lm_head(hidden)
-        return F.linear(hidden, self.embed_tokens.weight)
+        if self.lm_head is None:
+            return F.linear(hidden, self.embed_tokens.weight)
+        return self.lm_head(hidden)
 
     def output_weight(self):
         """The matrix (V, D) whose row v gives the logit of token v."""
-        if self.lm_head is not None:
-            return self.lm_head.weight
-        return self.embed_tokens.weight
+        if self.lm_head is None:
+            return self.embed_tokens.weight
+        return self.lm_head.weight
 
     def new_cache(self, rows, size):
-        """Room for keys and values of `size` tokens a row, (layers, 2, B, K, S, E).
+        """Room for the keys and values of C = `size` tokens a row, (layers, 2, B, K, C, E).
 
         Prompts are padded on the right: a row's first new token overwrites its first pad.
         """
@@ -178,25 +189,25 @@ class Llama(nn.Module):
 
 
 # --- rotary positions (arXiv 2104.09864) ----------------------------------------------------------
-def rotate(x, cos, sin):
+def rotate(x, cos, signed_sin):
     """Turns each pair of numbers in x by the angle of its position; x (B, heads, T, E).
 
         x = [ a_0 a_1 ... | b_0 b_1 ... ]  ->  [ a cos - b sin | b cos + a sin ]
 
-    Pair i is (a_i, b_i), the layout of Hugging Face's checkpoints, and not two neighbours as in the
-    paper: a mix-up gives twenty fluent tokens, then nonsense. cos and sin are `rope_cos_sin`'s.
+    Pair i is (a_i, b_i), as in Hugging Face's checkpoints; the paper pairs neighbours. The two
+    factors are those of `rope_cos_sin`.
     """
     swapped = x.roll(x.shape[-1] // 2, dims=-1)  # [ b | a ]
-    return torch.addcmul(x * cos, swapped, sin)
+    return torch.addcmul(x * cos, swapped, signed_sin)  # x * cos + swapped * signed_sin
 
 
 def rope_cos_sin(config, positions, dtype):
-    """cos = [cos | cos] and sin = [-sin | sin] of the positions (B or 1, T): (B or 1, 1, T, E)."""
+    """[cos | cos] and [-sin | sin] of the angles at positions (B or 1, T): (B or 1, 1, T, E) each."""
     frequencies = rope_frequencies(config, positions.device)
     angles = positions[:, None, :, None] * frequencies  # (B or 1, 1, T, E/2), float32
     cos = torch.cat((angles.cos(), angles.cos()), dim=-1)
-    sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)
-    return cos.to(dtype), sin.to(dtype)
+    signed_sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)
+    return cos.to(dtype), signed_sin.to(dtype)
 
 
 def rope_frequencies(config, device=None):
@@ -238,7 +249,7 @@ class LlamaConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    max_position_embeddings: int
+    max_position_embeddings: int  # positions that it was trained on
     rms_norm_eps: float
     rope_theta: float = 10000.0
     rope_type: str = "default"
@@ -248,19 +259,19 @@ class LlamaConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: bool = False  # an RMSNorm on each head's queries and keys
-    sliding_window: int | None = None  # how many tokens back a token sees; None: all
+    sliding_window: int | None = None  # how many tokens a token sees, itself included; None: all
 
 
 @dataclass
 class Family:
-    """What a model_type decides; None: config.json decides (`attention_bias` for both biases)."""
+    """What a model_type of config.json decides. None: config.json's attention_bias decides."""
 
     activation: str = "silu"
     qkv_bias: bool | None = None
     o_bias: bool | None = None
     qk_norm: bool = False
-    sliding_window: bool = False  # every layer has the window that config.json names
-    states_head_dim: bool = False  # head_dim is not hidden_size / num_attention_heads
+    sliding_window: bool = False  # True: every layer has the window that config.json names
+    states_head_dim: bool = False  # True: config.json has to state it; else hidden size / heads
 
 
 FAMILIES = {

@@ -138,7 +138,7 @@ def predict(args, dtype, what, mode):
         more = {"bytes": numbers * dtype.itemsize} if what == "1" else {}
         pack(llama)
         if mode == "no_p":  # the label words' probability costs a pass of its own
-            Reading.log_probability = lambda reading, ids: reading.last[:, 0]
+            Reading.log_probability = lambda reading, ids: reading.h_P[:, 0]
 
         def never_stop(logits):  # both sides write the same number of tokens
             logits[:, prompts.stop_ids] = -torch.inf

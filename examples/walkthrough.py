@@ -60,8 +60,8 @@ with torch.no_grad():
 print(f"largest change of a hidden state: {(after - before).abs().max().item()}")
 assert torch.equal(before, after)
 
-groups = model.parameter_groups()
-for kind, parameters in groups.items():
+parts = model.parameters_by_part()
+for kind, parameters in parts.items():
     print(f"{kind:7} {sum(p.numel() for p in parameters.values()):>12,} parameters")
 
 # The head starts as lm_head's row for "Yes" minus its row for "No"
@@ -108,7 +108,7 @@ assert abs(readings[0][1] - readings[1][1]) > 1e-2
 
 # %% 6. One step moves both
 title("6. Optimizer steps on this row: both losses fall, through the same LoRA")
-trained = [*groups["lora"].values(), *groups["head"].values()]
+trained = [*parts["lora"].values(), *parts["head"].values()]
 optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
 history = []
 for step in range(4):

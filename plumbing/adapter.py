@@ -36,9 +36,9 @@ def adapter_tensors(model):
     if is_packed(model.model):
         raise ValueError("this run is packed for predictions: load_run(..., pack=False) gives one "
                          "that can be saved or exported")
-    groups = model.parameter_groups()
+    parts = model.parameters_by_part()
     tensors = {}
-    for name, parameter in (groups["lora"] | groups["head"]).items():
+    for name, parameter in (parts["lora"] | parts["head"]).items():
         tensors[PREFIX + name] = parameter.detach()
     return tensors
 

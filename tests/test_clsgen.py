@@ -64,7 +64,7 @@ def test_the_head_starts_as_the_models_own_log_odds(tmp_path, tied, ids, first):
 
 def test_what_trains_is_a_partition(fresh):
     """Fails if the head is frozen, the base trains, or a parameter is in no group or in two."""
-    groups = fresh.parameter_groups()
+    groups = fresh.parameters_by_part()
     names = [name for group in groups.values() for name in group]
     assert sorted(names) == sorted(name for name, _ in fresh.named_parameters())
     assert list(groups["head"]) == ["score.weight"]
@@ -77,7 +77,7 @@ def test_what_trains_is_a_partition(fresh):
 def test_a_step_moves_lora_and_head_and_leaves_the_base(tiny, rows, fresh):
     """Fails if the score head gets no gradient, its start is zero (then A gets none from BCE), or a
     base weight moves."""
-    groups = fresh.parameter_groups()
+    groups = fresh.parameters_by_part()
     trained = groups["lora"] | groups["head"]
     before = {name: p.detach().clone() for name, p in fresh.named_parameters()}
     optimizer = torch.optim.Adam(trained.values(), lr=0.01)  # AdamW decays what has no gradient
