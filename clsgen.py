@@ -18,9 +18,9 @@ sigmoid(z) is the probability of label 1, "yes". The score head reads the last p
 nothing else, and attention is causal: h_P cannot know the answer, so the probability is the same
 whatever is written after it. A row without an answer is in the first mean and not in the second.
 
-The baselines are the same loss with one weight at zero. w_lm = 0 is a plain classifier. w_cls = 0 is
-plain generative fine-tuning: its head is never trained, and its probability is that of the words,
-p("Yes.") / (p("Yes.") + p("No.")).
+The baselines are the same loss with one weight at zero. w_lm = 0 is a plain classifier. w_cls = 0
+is plain generative fine-tuning: its head is never trained, and its probability is that of the
+words, p("Yes.") / (p("Yes.") + p("No.")).
 
 Notation: B rows, T tokens, D hidden size, V vocabulary; P prompt tokens and n answer tokens of one
 row; A answer tokens of the whole batch.
@@ -266,9 +266,9 @@ class Reading:
     def write(self, stop_ids, max_tokens, choose=None, openings=()):
         """Yields the next token of each row, (B,), until every row has written one of stop_ids.
 
-        A row that has stopped gets stop_ids[0] from then on. choose(logits (B, V)) picks the tokens,
-        by default the likeliest. openings: for each row the token ids that its text has to begin
-        with; empty, the texts begin as they like.
+        A row that has stopped gets stop_ids[0] from then on. choose(logits (B, V)) picks the
+        tokens, by default the likeliest. openings: for each row the token ids that its text has to
+        begin with; empty, the texts begin as they like.
         """
         if choose is None:
             choose = choose_token

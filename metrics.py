@@ -295,6 +295,11 @@ def sigmoid(z):
     return (1 + np.tanh(np.asarray(z) / 2)) / 2
 
 
+def calibrated(z, temperature, bias):
+    """The probabilities of logits z (N,) with the temperature and bias of `calibrate`."""
+    return sigmoid(np.asarray(z) / temperature + bias)
+
+
 def calibration_slope(y, p):
     """(slope, intercept) of a logistic regression of y on logit(p) (Cox 1958).
 

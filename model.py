@@ -202,7 +202,7 @@ def rotate(x, cos, signed_sin):
 
 
 def rope_cos_sin(config, positions, dtype):
-    """[cos | cos] and [-sin | sin] of the angles at positions (B or 1, T): (B or 1, 1, T, E) each."""
+    """[cos | cos] and [-sin | sin] at positions (B or 1, T), each (B or 1, 1, T, E)."""
     frequencies = rope_frequencies(config, positions.device)
     angles = positions[:, None, :, None] * frequencies  # (B or 1, 1, T, E/2), float32
     cos = torch.cat((angles.cos(), angles.cos()), dim=-1)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from clsgen import CLSGen, Reading, add_lora, base_model, choose_token
 from data import collate, encode_rows
-from metrics import best_f1_threshold, calibrate, sigmoid
+from metrics import best_f1_threshold, calibrate, calibrated
 from plumbing.adapter import adapter_config, adapter_tensors, load_adapter
 from plumbing.checkpoint import base_fingerprint, load_llama
 from plumbing.files import read_json, write_json, write_tensors
@@ -83,7 +83,7 @@ def fit(scorer, y, z, base_rate):
     y, z (N,).
     """
     temperature, bias, sentence = calibrate(y, z)
-    p = sigmoid(np.asarray(z) / temperature + bias)
+    p = calibrated(z, temperature, bias)
     return Fitted(scorer, temperature, bias, best_f1_threshold(y, p), base_rate), sentence
 
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import read_rows  # noqa: E402
 from eval import print_tables  # noqa: E402
-from metrics import score_metrics, sigmoid  # noqa: E402
+from metrics import calibrated, score_metrics  # noqa: E402
 from plumbing.script import run_main  # noqa: E402
 from run import Fitted, fit  # noqa: E402
 
@@ -43,11 +43,12 @@ def bag_of_words(train, test, valid=None):
             fitted, sentence = fit("head", labels(valid), z, base_rate=0.5)
             print(f"{name}: {sentence}")
 
-        p = sigmoid(model.decision_function(texts(test)) / fitted.temperature + fitted.bias)
+        z = model.decision_function(texts(test))
+        p = calibrated(z, fitted.temperature, fitted.bias)
         groups = [row.get("group") for row in test]
-        calibrated = (fitted.temperature, fitted.bias) != (1.0, 0.0)
+        is_calibrated = (fitted.temperature, fitted.bias) != (1.0, 0.0)
         metrics = score_metrics(labels(test), p, p >= fitted.threshold, groups)
-        columns[name] = {"calibrated": calibrated, **metrics}
+        columns[name] = {"calibrated": is_calibrated, **metrics}
     return columns
 
 

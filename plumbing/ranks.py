@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import nullcontext
 
 import torch
 from torch import distributed as dist
@@ -28,6 +29,14 @@ class Ranks:
     def wrap(self, model):
         """The model, its gradients averaged over all ranks in each backward pass."""
         return model if self.count == 1 else DistributedDataParallel(model)
+
+    def no_sync(self, model):
+        """A context in which the backward pass leaves the gradients on their rank."""
+        return nullcontext() if self.count == 1 else model.no_sync()
+
+    def any(self, flag, device):
+        """Whether the flag is true on any rank."""
+        return self.total({"flag": float(bool(flag))}, device)["flag"] > 0
 
     def total(self, values, device):
         """{name: number} -> {name: its sum over all ranks}."""

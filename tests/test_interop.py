@@ -15,10 +15,10 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from clsgen import TARGETS
 from plumbing.adapter import read_adapter_config
 from plumbing.checkpoint import read_config
+from plumbing.train_arguments import parse
 from prompts import SYSTEM, Prompts
 from run import load_run
 from train import main as train
-from train import parse
 
 # --- configs as published -------------------------------------------------------------------------
 SHARED = {"hidden_act": "silu", "initializer_range": 0.02, "use_cache": True, "bos_token_id": 1,

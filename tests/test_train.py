@@ -21,10 +21,10 @@ from data import Example
 from metrics import auroc, best_f1_threshold, calibrate
 from plumbing.checkpoint import load_llama
 from plumbing.resume import STATE, read_state
+from plumbing.train_arguments import check_arguments, parse
 from prompts import Prompts
 from run import load_run
-from train import (
-    check_arguments, epoch_order, main, micro_batches, parse, schedule, validate)
+from train import epoch_order, main, micro_batches, schedule, validate
 
 
 def arguments(tiny, rows_file, out, *more):

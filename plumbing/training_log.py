@@ -1,0 +1,75 @@
+"""What a training says: its first screen, the progress bar, and log.jsonl."""
+
+import json
+import os
+import time
+
+from tqdm import tqdm
+
+from data import show
+from plumbing.files import write_atomically
+from plumbing.resume import STATE
+
+
+def begin_run_folder(folder, config):
+    """An empty log in the folder, and nothing that looks like a finished or a stopped run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("clsgen.json", STATE):
+        (folder / name).unlink(missing_ok=True)
+    write_atomically(folder / "log.jsonl", json.dumps({"config": config}) + "\n")
+
+
+def introduce(config, groups, train, valid, prompts):
+    """The first screen: configuration, what trains, how much data, one row as the model sees it."""
+    for key, value in config.items():
+        if isinstance(value, list):
+            value = " ".join(str(part) for part in value)
+        print(f"{key:15} {value}")
+    for name, parameters in groups.items():
+        print(f"{name:7} {sum(p.numel() for p in parameters.values()):>12,} parameters")
+
+    tokens = sum(len(example) for example in train)
+    cut = sum(example.tokens_cut > 0 for example in train)
+    unexplained = sum(not example.answer for example in train)
+    print(f"train   {len(train):>12,} rows, {tokens:,} tokens an epoch, {cut} texts cut; "
+          f"{unexplained} rows train the score head only")
+    print(f"valid   {len(valid):>12,} rows\n\n{show(train[0], prompts)}\n", flush=True)
+
+
+class TrainingLog:
+    """log.jsonl and the progress bar: a line for each step, and one for each validation."""
+
+    def __init__(self, folder, state, steps, silent):
+        self.file = open(os.devnull if silent else folder / "log.jsonl", "a")
+        self.bar = tqdm(total=steps, initial=state["step"], desc="train", disable=silent)
+        self.start = time.perf_counter() - state["seconds"]
+
+    def seconds(self):
+        """How long this training has taken so far, in all its parts."""
+        return round(time.perf_counter() - self.start, 2)
+
+    def step(self, state, losses, learning_rate):
+        line = {"step": state["step"], **losses, "lr": learning_rate,
+                "tokens": state["tokens"], "seconds": state["seconds"]}
+        print(json.dumps(line), file=self.file, flush=True)
+
+        shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        speed = state["tokens"] / max(state["seconds"], 0.01)
+        self.bar.set_postfix_str(f"{shown} {speed:.0f} tok/s", refresh=False)
+        self.bar.update()
+
+    def validation(self, step, measured):
+        print(json.dumps({"step": step, "valid": measured}), file=self.file, flush=True)
+
+        shown = []
+        for name in ("bce", "lm", "auroc", "base_kl"):
+            if measured.get(name) is not None:
+                shown.append(f"{name} {measured[name]:.4f}")
+        self.bar.write(f"step {step}: validation {'  '.join(shown)}")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+        self.file.close()
