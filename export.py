@@ -35,29 +35,34 @@ def merge(run, base, out):
     for name, module in run.llama.named_modules():
         if isinstance(module, LoRALinear):
             adapted[disk_name(name) + ".weight"] = module
-    out.mkdir(parents=True)
+
+    # under another name until all is there, so that a stop leaves no half folder
+    folder = out.with_name(f".{out.name}.unfinished")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
 
     # the base's files, with LoRA in its weights
     for path in checkpoint_files(base):
         tensors = load_file(path)
         for name in tensors.keys() & adapted.keys():
             tensors[name] = merged_weight(tensors[name], adapted[name])
-        write_tensors(out / path.name, tensors)
+        write_tensors(folder / path.name, tensors)
     for path in base.iterdir():  # config, tokenizer, index, chat template
         if path.suffix in (".json", ".model", ".jinja", ".txt"):
-            shutil.copyfile(path, out / path.name)
+            shutil.copyfile(path, folder / path.name)
 
-    # the score head, and what else a prediction needs; its golden row is that of the merged weights
-    write_tensors(out / "score.safetensors", {HEAD: adapter_tensors(run.model)[HEAD]})
-    merged = CLSGen(load_llama(out, run.llama.norm.weight.dtype, run.device))
+    # the score head, and what else a prediction needs; the golden row is that of merged weights
+    write_tensors(folder / "score.safetensors", {HEAD: adapter_tensors(run.model)[HEAD]})
+    merged = CLSGen(load_llama(folder, run.llama.norm.weight.dtype, run.device))
     merged.score = run.model.score
     golden = Run(merged, run.prompts, run.fitted, has_lora=False).golden()
-    write_json(out / "clsgen.json", {
+    write_json(folder / "clsgen.json", {
         **run.about,
         "base": str(out),
-        "base_fingerprint": base_fingerprint(out),
+        "base_fingerprint": base_fingerprint(folder),
         "golden": golden,
     })
+    folder.rename(out)
 
 
 def merged_weight(weight, layer):
@@ -72,7 +77,8 @@ def parse(argv=None):
     add("--run", required=True, help="a run folder of train.py")
     add("--out", required=True, type=Path, help="the folder to write; must not exist")
     add("--model", help="the base model's folder, if it has moved")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="default: the run's")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"],
+        help="of later predictions (default: the run's); the weights keep the base's")
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     args = parser.parse_args(argv)
 

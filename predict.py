@@ -17,17 +17,20 @@ from tqdm import tqdm
 from clsgen import choose_token
 from data import encode_rows, read_rows
 from plumbing.files import continue_job, sha256_of, write_atomically
-from plumbing.script import printable, refuse, run_main
+from plumbing.script import dtype_name, printable, refuse, run_main, versions
 from run import load_run
 
 
 def main(argv=None):
     args = parse(argv)
+    rows = []
+    if args.data is not None:
+        rows = read_rows(args.data, labels=False)  # before the model loads: a bad file says so now
     run = load_run(args.run, args.model, args.dtype, args.device)
     if args.text is not None:
         predict_text(run, args)
     else:
-        predict_file(run, args)
+        predict_file(run, rows, args)
 
 
 def predict_text(run, args):
@@ -45,6 +48,7 @@ def predict_text(run, args):
         decisions = [record["label"]] if args.decide == "head" else []
         choose = token_chooser(args, args.seed)
         ids = []
+        text = ""
         shown = 0  # characters
         for tokens in run.write(reading, choose, decisions):
             ids += tokens.tolist()
@@ -52,12 +56,13 @@ def predict_text(run, args):
             if not text.endswith("\ufffd"):  # half of a character: wait for its other bytes
                 print(text[shown:], end="", flush=True)
                 shown = len(text)
+        print(text[shown:], end="")
     print()
 
 
-def predict_file(run, args):
-    """Writes a record for each row of --data to --out."""
-    rows = read_rows(args.data, labels=False)
+def predict_file(run, rows, args):
+    """Writes a record for each row to --out."""
+    chunk_size = 8 * args.batch
     part = args.out.with_name(args.out.name + ".part")
     about = {
         "run": run.name,
@@ -68,16 +73,19 @@ def predict_file(run, args):
         "top_p": args.top_p,
         "seed": args.seed,
         "batch": args.batch,
-        "chunk": 8 * args.batch,
+        "chunk_size": chunk_size,
+        "dtype": dtype_name(run.llama.norm.weight.dtype),
+        "device": run.device.type,
+        "versions": versions(),
     }
 
     def predict_chunk(start):
         # the draws of a chunk are its own, so that they are the same wherever a job was stopped
         choose = token_chooser(args, args.seed + start)
-        chunk = rows[start : start + about["chunk"]]
+        chunk = rows[start : start + chunk_size]
         return run.predict(chunk, not args.no_explain, args.batch, args.decide, choose)
 
-    starts = range(0, len(rows), about["chunk"])
+    starts = range(0, len(rows), chunk_size)
     lines = []
     with tqdm(total=len(rows), unit="row") as bar:
         for records in continue_job(part, about, starts, predict_chunk, overwrite=args.overwrite):

@@ -6,11 +6,10 @@
     for record in run.predict(["some text"]):
         print(record["probability"], record["explanation"])
 
-A run folder holds everything that a prediction needs except the weights of the base model.
+A run folder holds everything that a prediction needs except the folder of the base model.
 Notation: N rows, B rows of a batch, D hidden size, V vocabulary, A answer tokens of a batch.
 """
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,9 @@ from tqdm import tqdm
 from clsgen import CLSGen, Reading, add_lora, base_model, choose_token
 from data import collate, encode_rows
 from metrics import best_f1_threshold, calibrate, calibrated
-from plumbing.adapter import adapter_config, adapter_tensors, load_adapter
+from plumbing.adapter import adapter_config, adapter_tensors, check_lora, load_adapter
 from plumbing.checkpoint import base_fingerprint, load_llama
-from plumbing.files import read_json, write_json, write_tensors
+from plumbing.files import read_json, sha256_of, write_json, write_tensors
 from plumbing.packed import pack as pack_weights
 from plumbing.script import dtype_name, pick_device, versions
 from prompts import Prompts
@@ -39,10 +38,10 @@ class Fitted:
 
         z  ->  p = sigmoid(z / temperature + bias)  ->  label = (p >= threshold)
 
-    ValueError if a value cannot be.
+    ValueError for a value that is impossible.
     """
 
-    scorer: str = "head"  # whose logit: the score head's, or "label_token"
+    scorer: str = "head"  # "head" or "label_token": whose logit z is
     temperature: float = 1.0
     bias: float = 0.0
     threshold: float = 0.5
@@ -51,10 +50,10 @@ class Fitted:
     def __post_init__(self):
         numbers = (self.temperature, self.bias, self.threshold, self.base_rate)
         fits = self.scorer in ("head", "label_token") and self.temperature > 0
-        fits = fits and all(abs(number) < 1e9 for number in numbers)  # which NaN is not
+        fits = fits and all(abs(number) < 1e9 for number in numbers)  # NaN does not fit either
         if not fits:
-            raise ValueError(f"clsgen.json: scorer {self.scorer!r} with temperature, bias, "
-                             f"threshold and base rate {numbers}, which cannot be")
+            raise ValueError(f"impossible: scorer {self.scorer!r} with temperature, bias, "
+                             f"threshold and base rate {numbers}")
 
     def probability(self, z):
         """Logits, a float64 tensor, as calibrated probabilities."""
@@ -106,13 +105,15 @@ class Run:
 
     def predict(self, rows, explain=True, batch_size=16, decide="text", choose=choose_token,
                 progress=False):
-        """Texts or row dicts -> a list of their records, in the same order.
+        """Texts or row dicts -> a list of their records, in the same order. One text is enough.
 
         decide="head" starts each answer with the head's decision, so that the text argues for it.
         By default the text states a label of its own, which is what agreement measures.
         choose(logits (B, V)) picks the next token of each row, (B,).
         """
-        if isinstance(rows, str):
+        if decide not in ("text", "head"):
+            raise ValueError(f'decide is {decide!r}, expected "text" or "head"')
+        if isinstance(rows, str | dict):
             rows = [rows]
         named_rows = []
         for number, row in enumerate(rows, 1):
@@ -121,14 +122,14 @@ class Run:
             named_rows.append({"id": number, **row})
         examples = encode_rows(named_rows, self.prompts, answers=False)
 
-        # rows of nearly one length together, so that little is padded
-        order = sorted(range(len(rows)), key=lambda i: -len(examples[i]))
-        records = [None] * len(rows)
-        for start in tqdm(range(0, len(rows), batch_size), unit="batch", disable=not progress):
+        # rows of similar length share a batch, so that little is padded
+        order = sorted(range(len(examples)), key=lambda i: -len(examples[i]))
+        records = [None] * len(examples)
+        for start in tqdm(range(0, len(order), batch_size), unit="batch", disable=not progress):
             indices = order[start : start + batch_size]
             batch = [examples[i] for i in indices]
-            for i, record in zip(indices, self._predict_batch(batch, explain, decide, choose),
-                                 strict=True):
+            predicted = self._predict_batch(batch, explain, decide, choose)
+            for i, record in zip(indices, predicted, strict=True):
                 records[i] = record
         return records
 
@@ -164,7 +165,7 @@ class Run:
         no = reading.log_probability(no_ids)
         yes = reading.log_probability(yes_ids)
 
-        # float64 on the CPU, since not every device has it: in float32 p would be 1 from z = 17 on
+        # float64, since in float32 p is 1 from z = 17 on; on the CPU, since some devices lack it
         token_z = (yes - no).cpu().double()
         if self.fitted.scorer == "head":
             z = reading.z().cpu().double()
@@ -199,10 +200,10 @@ class Run:
         openings = [self.prompts.label_ids[label] for label in decisions]
         return reading.write(self.prompts.stop_ids, self.prompts.max_answer, choose, openings)
 
-    # what evaluation asks
+    # for evaluation
     def raw_logits(self, rows, batch_size=16, progress=False):
         """(N,) logits of the run's own score, before calibration."""
-        records = self.predict(rows, False, batch_size, progress=progress)
+        records = self.predict(rows, explain=False, batch_size=batch_size, progress=progress)
         p = np.array([record["raw_probability"] for record in records])
         return np.log(p) - np.log1p(-p)
 
@@ -233,16 +234,17 @@ class Run:
                 kl = (log_p.exp() * (log_p - base_log_p)).sum(-1)
 
             values = torch.stack((nll, kl, torch.ones_like(nll)), dim=1).cpu().numpy()
-            np.add.at(sums, indices[batch.answer_rows.cpu()], values)
+            row_of_token = indices[batch.answer_rows.cpu().numpy()]  # (A,)
+            np.add.at(sums, row_of_token, values)
         return sums
 
-    # what tells this run from another
+    # what identifies a run
     @torch.inference_mode()
     def golden(self):
         """The logit of a fixed sentence, by the read-out of all predictions, and its token ids.
 
-        It tells another base, LoRA or head apart. `read_out` is the logit of made-up hidden states:
-        no base and no precision changes it, only another head or another read-out does.
+        The logit differs if base, LoRA or head differ. `read_out` is the logit of made-up hidden
+        states, which no base and no precision changes: it differs if head or read-out differ.
         """
         ids, _ = self.prompts.prompt(GOLDEN_TEXT)
         hidden = self.llama(torch.tensor([ids], device=self.device))
@@ -288,7 +290,7 @@ def save_run(run, folder, about):
         "golden": run.golden(),
         "versions": versions(),
     }
-    write_json(folder / "clsgen.json", run.about)
+    write_json(folder / "clsgen.json", run.about)  # last: with it, a run counts as finished
 
 
 def load_run(folder, model=None, dtype=None, device=None, pack=True):
@@ -299,21 +301,45 @@ def load_run(folder, model=None, dtype=None, device=None, pack=True):
     another model, and for whatever else does not fit.
     """
     folder = Path(folder)
-    about = read_json(folder / "clsgen.json")
+    about = read_about(folder)
     try:
         return _load_run(folder, about, model, dtype, device, pack)
-    except (KeyError, TypeError, AttributeError) as error:  # a key is gone, or of a wrong type
-        raise ValueError(f"{folder / 'clsgen.json'} does not fit: {error!r}") from None
     except (ValueError, OSError) as error:
         raise ValueError(f"{folder}: {error}") from None
 
 
-def _load_run(folder, about, model, dtype, device, pack):
-    dtype, device = pick_device(dtype or about["golden"]["dtype"], device)
-    fitted = Fitted.from_settings(about)
+def read_about(folder):
+    """The content of a run's clsgen.json, with all that is needed. ValueError says what is not."""
+    path = folder / "clsgen.json"
+    if not path.exists() and (folder / "resume").exists():
+        raise ValueError(f"{folder}: its training has not finished; "
+                         f"python train.py --resume {folder} continues it")
+    if not path.exists():
+        raise ValueError(f"{folder}: not a run folder, it has no clsgen.json")
 
-    # the base model: the one that the run was trained on
-    is_merged = (folder / "score.safetensors").exists()
+    about = read_json(path)
+    wanted = {"base": str, "base_fingerprint": str, "prompts": dict, "lora": dict,
+              "calibration": dict, "golden": dict}
+    for key, kind in wanted.items():
+        if not isinstance(about.get(key), kind):
+            raise ValueError(f"{path}: {key} is missing or not what it has to be")
+    return about
+
+
+def _load_run(folder, about, model, dtype, device, pack):
+    try:
+        fitted = Fitted.from_settings(about)
+        golden = {key: about["golden"][key] for key in ("ids", "logit", "dtype")}
+        golden["read_out"] = about["golden"].get("read_out")  # runs of before do not have it
+        lora = {key: about["lora"][key] for key in ("rank", "alpha", "targets")}
+        check_lora(**lora, where="clsgen.json")
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"clsgen.json does not fit: {error!r}") from None
+    dtype, device = pick_device(dtype or golden["dtype"], device)
+
+    # the base model that the run was trained on: the run's own folder, if it is merged
+    score_file = folder / "score.safetensors"
+    is_merged = score_file.exists()
     base = folder if is_merged else Path(model or about["base"])
     if not os.path.isdir(base):
         raise ValueError(f"the base model {base} is not there; --model can name it")
@@ -322,35 +348,45 @@ def _load_run(folder, about, model, dtype, device, pack):
     llama = load_llama(base, dtype, device)
 
     # LoRA and head
-    adapter = folder / "score.safetensors"
-    if not is_merged:
-        add_lora(llama, **about["lora"])
-        adapter = folder / "adapter_model.safetensors"
-    clsgen = CLSGen(llama).eval()
-    load_adapter(clsgen, adapter)
+    if is_merged:
+        clsgen = CLSGen(llama)
+        load_adapter(clsgen, score_file)
+    else:
+        clsgen = CLSGen(add_lora(llama, **lora))
+        load_adapter(clsgen, folder / "adapter_model.safetensors")
+    clsgen.eval()
     if pack:
         pack_weights(llama)
 
-    fingerprint = hashlib.sha256((folder / "clsgen.json").read_bytes()).hexdigest()[:12]
-    prompts = Prompts(base, **about["prompts"])
+    try:
+        prompts = Prompts(base, **about["prompts"])
+    except TypeError as error:  # a setting that there is not
+        raise ValueError(f"clsgen.json: prompts do not fit: {error}") from None
+    fingerprint = sha256_of(folder / "clsgen.json")[:12]
     run = Run(clsgen, prompts, fitted, fingerprint, has_lora=not is_merged)
     run.about = about
-    compare_golden(about["golden"], run.golden())
+    compare_golden(golden, run.golden())
     return run
 
 
 def compare_golden(stored, found):
     """ValueError when a run's golden row is not what it was when the run was saved."""
     if stored["ids"] != found["ids"]:
-        raise ValueError("the tokenizer is not the one that this run was trained with")
+        raise ValueError("the prompt of a fixed sentence has other token ids than in training: "
+                         "prompts.py is another, or the tokenizer")
 
-    read_out = stored.get("read_out", found["read_out"])  # runs of before have none
-    if not abs(read_out - found["read_out"]) <= 1e-3:
-        raise ValueError("this run was trained with another read-out or has another head: on "
-                         f"made-up states z is {found['read_out']:.4f}, expected {read_out:.4f}")
+    if stored["read_out"] is not None:
+        check_same(stored["read_out"], found["read_out"], 1e-3, "made-up hidden states have",
+                   "another read-out or another head")
 
     both_float32 = stored["dtype"] == found["dtype"] == "float32"
     tolerance = 1e-3 if both_float32 else 0.25
-    if not abs(stored["logit"] - found["logit"]) <= tolerance:
-        raise ValueError(f"a fixed sentence has logit {found['logit']:.4f}, the run says "
-                         f"{stored['logit']:.4f}: other base weights, LoRA or head")
+    check_same(stored["logit"], found["logit"], tolerance, "a fixed sentence has",
+               "other base weights, LoRA or head")
+
+
+def check_same(stored, found, tolerance, what, reason):
+    """ValueError if two logits differ by more than the tolerance, or if one is no number."""
+    is_number = type(stored) in (int, float)
+    if not is_number or not abs(stored - found) <= tolerance:  # NaN does not pass either
+        raise ValueError(f"{what} logit {found:.4f}, the run says {stored!r}: {reason}")

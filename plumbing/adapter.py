@@ -10,7 +10,7 @@ from plumbing.checkpoint import compare_tensors
 from plumbing.files import read_json
 from plumbing.packed import is_packed
 
-PREFIX = "base_model.model."  # peft puts it before each name; else its names are ours
+PREFIX = "base_model.model."  # peft's; after it, its names equal ours
 HEAD = PREFIX + "score.weight"
 
 # Keys of adapter_config.json that are used below, or have no effect on a trained adapter
@@ -19,7 +19,7 @@ KNOWN = set(
     " base_model_name_or_path revision inference_mode lora_dropout megatron_core qalora_group_size"
     " runtime_config".split()
 )
-# What other keys may say in a plain LoRA; those that are not named here, nothing
+# Other keys must be empty, except these, which may have the values here
 PLAIN = {
     "peft_type": ["LORA"],
     "bias": ["none"],
@@ -83,20 +83,25 @@ def read_adapter_config(folder):
     rank = raw.get("r")
     alpha = raw.get("lora_alpha")
     targets = raw.get("target_modules")
-    fits = type(rank) is int and rank > 0
-    fits = fits and type(alpha) in (int, float) and alpha > 0
-    fits = fits and isinstance(targets, list) and len(targets) > 0
-    fits = fits and all(name in TARGETS for name in targets)
-    if not fits:
-        raise ValueError(f"{path}: r is {rank!r}, lora_alpha {alpha!r}, target_modules "
-                         f"{targets!r}; expected two numbers and a list out of "
-                         f"{', '.join(TARGETS)}")
+    check_lora(rank, alpha, targets, path)
 
     if raw.get("use_rslora"):
         alpha = alpha * rank**0.5
     else:
         alpha = float(alpha)
     return {"rank": rank, "alpha": alpha, "targets": [name for name in TARGETS if name in targets]}
+
+
+def check_lora(rank, alpha, targets, where):
+    """ValueError if these are no rank, alpha and targets of a LoRA. where: what they come from."""
+    if not (type(rank) is int and rank > 0):
+        raise ValueError(f"{where}: LoRA's rank is {rank!r}, expected 1 or more")
+    if not (type(alpha) in (int, float) and alpha > 0):
+        raise ValueError(f"{where}: LoRA's alpha is {alpha!r}, expected a number above 0")
+    is_list = isinstance(targets, list) and len(targets) > 0
+    if not is_list or not all(name in TARGETS for name in targets):
+        raise ValueError(f"{where}: LoRA's target_modules are {targets!r}, expected a list out of "
+                         f"{', '.join(TARGETS)}")
 
 
 def load_adapter(model, path, need_head=True):
@@ -107,7 +112,9 @@ def load_adapter(model, path, need_head=True):
     own = adapter_tensors(model)
     try:
         tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except SafetensorError as error:
         raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
     if HEAD not in tensors and not need_head:
         del own[HEAD]

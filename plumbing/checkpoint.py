@@ -1,4 +1,4 @@
-"""A Hugging Face folder to a Llama: what may be refused is refused here, by name.
+"""A Hugging Face folder to a Llama. What is wrong with it is refused here, by name.
 
     llama = load_llama("models/smollm2-135m")      # config.json and *.safetensors
     logits = llama.logits(llama(input_ids))         # (B, T) -> (B, T, D) -> (B, T, V)
@@ -56,7 +56,8 @@ def read_config(raw, name="config.json"):
 
     def expect(fits, key, value, expected):
         if not fits:
-            raise ValueError(f"{name}: {key} is {value!r}, expected {expected}")
+            found = "missing" if value is None and key not in raw else repr(value)
+            raise ValueError(f"{name}: {key} is {found}, expected {expected}")
 
     def number(key, source=raw):
         value = source.get(key)
@@ -102,7 +103,7 @@ def read_config(raw, name="config.json"):
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     known = isinstance(rope_type, str) and rope_type in ROPE_NUMBERS
     expect(known, "rope_type", rope_type, "one of " + ", ".join(ROPE_NUMBERS))
-    rope_theta = number("rope_theta", {"rope_theta": 10000.0, **raw, **rope})
+    rope_theta = number("rope_theta", {"rope_theta": 10000.0, **raw, **rope})  # the last one wins
     rope_scaling = None
     if ROPE_NUMBERS[rope_type]:
         rope_scaling = {key: number(key, rope) for key in ROPE_NUMBERS[rope_type]}
@@ -117,7 +118,7 @@ def read_config(raw, name="config.json"):
     sliding_window = None
     if family.sliding_window:
         stated = "sliding_window" in raw  # where it is missing, transformers would take 4096
-        expect(stated, "sliding_window", "missing", "a number or null")
+        expect(stated, "sliding_window", None, "a number or null")
         if raw["sliding_window"] is not None:
             sliding_window = size("sliding_window")
 
@@ -174,7 +175,10 @@ def checkpoint_files(folder):
 
 
 def base_fingerprint(folder):
-    """The SHA-256 of config.json, tokenizer.json and the headers of the weight files."""
+    """The SHA-256 of config.json, tokenizer.json and the headers of the weight files.
+
+    Not of the weights, which would take minutes: the golden row of a run tells those apart.
+    """
     folder = Path(folder)
     digest = hashlib.sha256()
     digest.update((folder / "config.json").read_bytes())
@@ -227,12 +231,13 @@ def load_llama(folder, dtype=torch.bfloat16, device="cpu"):
 
     with torch.device("meta"):  # shapes only: no memory is taken before the checkpoint fits
         llama = Llama(config)
-    names = [name for name, _ in llama.named_parameters()]
-    expected = {disk_name(name): shape.shape for name, shape in llama.named_parameters()}
+    expected = {}
+    for name, parameter in llama.named_parameters():
+        expected[disk_name(name)] = parameter.shape
     compare_tensors(expected, shapes, folder)
 
     state = {}
-    for name in names:  # one at a time, cast as it is copied
+    for name, _ in llama.named_parameters():  # one at a time, cast as it is copied
         with safe_open(file_of[disk_name(name)], "pt") as file:
             tensor = file.get_tensor(disk_name(name))
             state[name] = tensor.to(device, dtype, copy=True)

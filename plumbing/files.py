@@ -66,7 +66,7 @@ def continue_job(part, about, units, work, in_order=map, overwrite=False):
     """Yields work(unit) for each unit, in order. A stopped job continues where it was.
 
     The file `part` keeps the results: its first line says what the job is about, each line after it
-    is one result as JSON. It is for the caller to delete, once all results are where they belong.
+    is one result as JSON. The caller deletes it, once all results are where they belong.
     in_order(work, units) gives the results in the order of the units: map, or a pool's imap.
 
     ValueError if `part` was begun for something else; overwrite=True starts anew instead.
@@ -79,12 +79,16 @@ def continue_job(part, about, units, work, in_order=map, overwrite=False):
         lines = part.read_bytes().split(b"\n")[:-1]  # the last piece is empty, or cut by the stop
     if lines and lines[0] != first_line:
         raise ValueError(f"{part} was begun with other arguments or other data; "
-                         "--overwrite starts anew, and so does deleting it")
+                         "delete it to start anew")
 
     done = lines[1:]
     write_atomically(part, b"\n".join([first_line, *done]) + b"\n")
-    for line in done:
-        yield json.loads(line)
+    for number, line in enumerate(done, 2):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{part}:{number}: damaged ({error}); delete it to start anew") from None
 
     with open(part, "ab") as file:
         for result in in_order(work, units[len(done) :]):

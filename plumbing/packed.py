@@ -1,8 +1,9 @@
 """Faster predictions on a CPU in bfloat16: weights laid out once, neighbours in one product.
 
-PyTorch lays a bfloat16 weight out for oneDNN anew in each product. For a few tokens at a time that
+PyTorch lays a bfloat16 weight out for oneDNN anew in every product. For a few tokens at a time that
 takes longer than the product itself. `pack` does it once, and a token of text takes 0.6 of the
-time. The model knows nothing of it: modules with the same names take the place of its own.
+time. The model knows nothing of it: modules with the same names take the place of its own. The two
+operators of torch.ops.mkldnn are private ones of the pinned PyTorch.
 """
 
 import torch

@@ -2,7 +2,7 @@
 
 The order of the rows and the initial values follow from the seed, and nothing else is random. So
 the weights, AdamW's moments and the number of the step are the whole state. It is one file, so that
-it is never half new.
+a crash cannot leave it half old and half new.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ STATE = Path("resume") / "state.safetensors"  # in the run folder
 
 
 def save_state(folder, trained, optimizer, state, best):
-    """Saves weights, moments and `state`, a dict that has the step and the configuration.
+    """Saves weights, moments and `state`: {"step", "config", "tokens", "seconds", "best_bce", ...}.
 
     trained {name: parameter}; best {name: tensor}, what is kept for the end.
     """

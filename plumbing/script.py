@@ -94,7 +94,7 @@ def keep_freed_memory():
 
 @contextmanager
 def stop_signals():
-    """A list that the first Ctrl-C or SIGTERM is added to, so that work can end in order.
+    """A list that the first Ctrl-C or SIGTERM is added to, so that work can finish cleanly.
 
     The second one acts at once.
     """

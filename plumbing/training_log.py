@@ -10,6 +10,9 @@ from data import show
 from plumbing.files import write_atomically
 from plumbing.resume import STATE
 
+# Measured at each validation, but too much for the screen
+LOGGED_ONLY = ("parsable", "empty", "distinct_2", "rep_4", "reference_nll")
+
 
 def begin_run_folder(folder, config):
     """An empty log in the folder, and nothing that looks like a finished or a stopped run."""
@@ -19,13 +22,13 @@ def begin_run_folder(folder, config):
     write_atomically(folder / "log.jsonl", json.dumps({"config": config}) + "\n")
 
 
-def introduce(config, groups, train, valid, prompts):
+def introduce(config, parts, train, valid, prompts):
     """The first screen: configuration, what trains, how much data, one row as the model sees it."""
     for key, value in config.items():
         if isinstance(value, list):
             value = " ".join(str(part) for part in value)
         print(f"{key:15} {value}")
-    for name, parameters in groups.items():
+    for name, parameters in parts.items():
         print(f"{name:7} {sum(p.numel() for p in parameters.values()):>12,} parameters")
 
     tokens = sum(len(example) for example in train)
@@ -45,7 +48,7 @@ class TrainingLog:
         self.start = time.perf_counter() - state["seconds"]
 
     def seconds(self):
-        """How long this training has taken so far, in all its parts."""
+        """How long this training has taken so far, before and after it was resumed."""
         return round(time.perf_counter() - self.start, 2)
 
     def step(self, state, losses, learning_rate):
@@ -62,9 +65,9 @@ class TrainingLog:
         print(json.dumps({"step": step, "valid": measured}), file=self.file, flush=True)
 
         shown = []
-        for name in ("bce", "lm", "auroc", "base_kl"):
-            if measured.get(name) is not None:
-                shown.append(f"{name} {measured[name]:.4f}")
+        for name, value in measured.items():
+            if value is not None and name not in LOGGED_ONLY:
+                shown.append(f"{name} {value:.4f}")
         self.bar.write(f"step {step}: validation {'  '.join(shown)}")
 
     def __enter__(self):

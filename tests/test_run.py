@@ -1,6 +1,7 @@
 """Run folders: what they hold, what they refuse, and that peft opens them."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -49,7 +50,7 @@ def test_peft_opens_a_run_with_the_same_logit_and_the_same_text(tiny, rows, run,
 
 
 @pytest.mark.parametrize("how, words", [
-    ("random head", "made-up states"), ("no head", f"missing {HEAD}"),
+    ("random head", "made-up hidden states"), ("no head", f"missing {HEAD}"),
     ("truncated", "adapter_model.safetensors"),
     ("base weights", "fixed sentence"),  # names and shapes agree, so the fingerprint cannot tell
     ("base config", "not the base of"),
@@ -78,13 +79,14 @@ def test_a_run_that_does_not_fit_is_refused(run, tmp_path, how, words):
 @pytest.mark.parametrize("change", [
     {"golden": None}, {"threshold": "x"}, {"lora": {}}, {"prompts": {"format": "x"}},
     {"scorer": None}, {"calibration": {}}, {"golden": {"dtype": "x"}}, {"base": "x"},
-    {"lora": {"rank": 0, "alpha": 8.0, "targets": ["q_proj"]}}])
+    {"lora": {"rank": 0, "alpha": 8.0, "targets": ["q_proj"]}},
+    {"lora": {"rank": 4, "alpha": 8.0, "targets": 5}}, {"golden": {"ids": 1, "logit": "x"}}])
 def test_a_malformed_clsgen_json_is_one_sentence(run, tmp_path, change):
     """Fails if a missing or ill-typed key ends in a traceback, now or after minutes of work."""
     path = tmp_path / "run" / "clsgen.json"
     meta = {**json.loads(path.read_text()), **change}
     path.write_text(json.dumps({key: value for key, value in meta.items() if value is not None}))
-    with pytest.raises(ValueError, match="clsgen.json|not there|LoRA's rank is 0"):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "run"))):
         load_run(tmp_path / "run")
 
 
@@ -99,7 +101,7 @@ def mean_of_the_prompt(model, hidden, prompt_end):
 def test_a_run_of_another_read_out_is_refused(run, rows, tmp_path, monkeypatch):
     """Fails if a run that was trained with one read-out predicts with another, on either side."""
     monkeypatch.setattr(CLSGen, "read_out", mean_of_the_prompt)
-    with pytest.raises(ValueError, match="another read-out"):
+    with pytest.raises(ValueError, match="another read-out or another head"):
         load_run(tmp_path / "run")
     (tmp_path / "fork").mkdir()
     save_run(run, tmp_path / "fork", run.about)
@@ -108,7 +110,7 @@ def test_a_run_of_another_read_out_is_refused(run, rows, tmp_path, monkeypatch):
     pooled = run.model.score(hidden.mean(1)).sigmoid()
     assert predicted[0]["raw_probability"] == near(pooled)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match="another read-out"):
+    with pytest.raises(ValueError, match="another read-out or another head"):
         load_run(tmp_path / "fork")
 
 
@@ -142,5 +144,5 @@ def test_a_string_is_one_text(run):
     {"scorer": "x"}, {"temperature": 0.0}, {"bias": float("nan")}, {"threshold": float("inf")}])
 def test_values_that_cannot_be_fitted_are_refused(changes):
     """Fails if a damaged calibration turns every p into NaN or every decision into one class."""
-    with pytest.raises(ValueError, match="which cannot be"):
+    with pytest.raises(ValueError, match="impossible"):
         Fitted(**changes)
