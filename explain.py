@@ -52,13 +52,13 @@ def explain_batch(rows, teacher, source, args):
     rows = [dict(row) for row in rows]
 
     # What does the teacher say while it does not know the label?
-    unexplained = [row for row in rows if "explanation" not in row]
+    unexplained = without_explanation(rows)
     zero_shot = teacher.score([row["text"] for row in unexplained])
     for row, p in zip(unexplained, zero_shot, strict=True):
         row["explanation_source"] = {**source, "zero_shot": round(p, 4), "tries": 0, "checks": []}
 
     for attempt in range(args.tries):
-        unexplained = [row for row in unexplained if "explanation" not in row]
+        unexplained = without_explanation(rows)
         if not unexplained:
             break
 
@@ -88,6 +88,10 @@ def explain_batch(rows, teacher, source, args):
             row["explanation_source"]["checks"].append(outcome)
 
     return rows
+
+
+def without_explanation(rows):
+    return [row for row in rows if "explanation" not in row]
 
 
 def task(row, labels):
@@ -387,10 +391,13 @@ def report(rows, explained, labels):
         if "explanation" not in before:
             asked.append(after)
 
-    shares = [report_class(asked, label, labels[label]) for label in (0, 1)]
+    shares = []
+    for label, word in enumerate(labels):
+        shares.append(report_class(asked, label, word))
 
     y = [row["label"] for row in asked]
-    if len(set(y)) == 2:
+    both_classes = len(set(y)) == 2
+    if both_classes:
         zero_shot = [row["explanation_source"]["zero_shot"] for row in asked]
         print(f"teacher's AUROC from the text alone: {auroc(y, zero_shot):.3f}")
         if abs(shares[1] - shares[0]) > 0.1:
@@ -400,29 +407,29 @@ def report(rows, explained, labels):
 def report_class(asked, label, word):
     """Prints what became of one class's rows. Returns the share of them that is explained."""
     rows = [row for row in asked if row["label"] == label]
-    kept = [row for row in rows if "explanation" in row]
-    share = len(kept) / max(1, len(rows))
 
-    # All samples, those that were kept, and what the teacher said before it knew the label
-    outcomes = Counter()
-    against = 0
+    outcomes = Counter()  # of all samples
+    against = 0  # rows that the teacher would label otherwise, before it is told
+    tries = Counter()  # how many samples it took, where one was kept
+    words = []  # in those that were kept
     for row in rows:
         source = row["explanation_source"]
         outcomes.update(source["checks"])
         against += leans_to(1 - label, source["zero_shot"])
 
-    tries = Counter()
-    lengths = []
-    for row in kept:
-        tries[row["explanation_source"]["tries"]] += 1
-        lengths.append(len(row["explanation"].split()))
-    if not lengths:
-        lengths = [0]
+        if "explanation" in row:
+            tries[source["tries"]] += 1
+            words.append(len(row["explanation"].split()))
 
-    print(f"{word}: {len(kept)} of {len(rows)} rows explained ({share:.0%})")
+    kept = len(words)
+    share = kept / max(1, len(rows))
+    if not words:
+        words = [0]
+
+    print(f"{word}: {kept} of {len(rows)} rows explained ({share:.0%})")
     print(f"  samples   {counts(outcomes)}")
     print(f"  by try    {counts(tries)}")
-    print(f"  words     {min(lengths)} to {max(lengths)}, median {np.median(lengths):.0f}")
+    print(f"  words     {min(words)} to {max(words)}, median {np.median(words):.0f}")
     print(f"  teacher   would label {against} of the rows otherwise")
     return share
 
