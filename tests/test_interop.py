@@ -261,4 +261,4 @@ def test_transformers_loads_a_merged_folder_without_a_word(first, tmp_path):
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "merged"], capture_output=True,
                           text=True, check=True)
     assert not re.search("warn|missing|unexpected|newly|not used", done.stderr, re.IGNORECASE)
-    assert load_run(tmp_path / "merged").meta["scorer"] == "head"
+    assert load_run(tmp_path / "merged").fitted.scorer == "head"
