@@ -1,7 +1,11 @@
 """Rows of a JSON Lines file to token batches: reading and checking, validation rows, padding.
 
-    python data.py train.jsonl                       # counts, lengths, one row as the model sees it
-    python data.py train.jsonl --test test.jsonl     # and what the two files have in common
+    python data.py train.jsonl --question "Is ...?"    # counts, and one row as the model sees it
+    python data.py train.jsonl --test test.jsonl --question "Is ...?"  # and what both files share
+
+A row is what a line of the file says: a dict with `text` and `label`, perhaps with `explanation`
+and other fields (FIELDS). An example is the same row as tokens (class Example). A batch is several
+examples as tensors (class Batch).
 
 Notation: B rows, T tokens of the longest row, A answer tokens of the whole batch.
 """
@@ -37,10 +41,12 @@ class Example:
 
 
 def encode_rows(rows, prompts, answers=True, refuse=True):
-    """Rows as Examples. An answer over max_answer is never cut: it is a ValueError.
+    """Rows as Examples.
 
     answers: False leaves all explanations out, as for predictions.
-    refuse: False lets long answers pass, where one only looks at them.
+    refuse: False for looking only, long answers pass.
+    ValueError for an answer longer than max_answer, since answers are never cut, and for a row that
+    has an explanation but no label, since the label's word opens the answer.
     """
     examples = []
     for row in tqdm(rows, desc="tokens", unit="row", delay=3, leave=False):
@@ -48,6 +54,8 @@ def encode_rows(rows, prompts, answers=True, refuse=True):
 
         answer = []
         if answers and "explanation" in row:
+            if row.get("label") is None:
+                raise ValueError(f"row {row['id']!r}: it has an explanation, but no label")
             answer = prompts.answer(row["label"], row["explanation"])
         if refuse and len(answer) > prompts.max_answer:
             raise ValueError(f"row {row['id']!r}: the answer takes {len(answer)} tokens, "
@@ -95,7 +103,7 @@ def collate(examples, device="cpu"):
     """
     B = len(examples)
     T = max(len(example) for example in examples)
-    input_ids = torch.zeros(B, T, dtype=torch.long)  # padding could be any id
+    input_ids = torch.zeros(B, T, dtype=torch.long)  # pads: any id would do, nothing reads them
 
     prompt_end = []
     labels = []
@@ -129,10 +137,11 @@ def collate(examples, device="cpu"):
 
 
 # --- rows -----------------------------------------------------------------------------------------
-def read_rows(path, labels=True):
-    """The rows of a JSON Lines file, as dicts: `id` filled in, unknown fields left out.
+def read_rows(path, labels=True, fill_ids=True):
+    """The rows of a JSON Lines file, as dicts with the known fields only.
 
     labels: each row must have one, and both classes must occur.
+    fill_ids: a row without an id gets its line's number as one.
     ValueError lists the first ten problems as "file:line: what is wrong" and counts the rest; no
     line is dropped silently.
     """
@@ -151,10 +160,13 @@ def read_rows(path, labels=True):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
         try:
-            row = parse_row(line, number, labels)
-            first = line_of_id.setdefault(str(row["id"]), number)
+            row = parse_row(line, labels)
+            row_id = row.get("id", number)
+            first = line_of_id.setdefault(str(row_id), number)
             if first != number:
-                raise ValueError(f"id {row['id']!r} is in line {first} already")
+                raise ValueError(f"id {row_id!r} is in line {first} already")
+            if fill_ids:
+                row["id"] = row_id
             rows.append(row)
         except ValueError as error:
             problems.append(f"{path}:{number}: {error}")
@@ -175,10 +187,9 @@ def read_rows(path, labels=True):
     return rows
 
 
-def parse_row(line, number, labels):
+def parse_row(line, labels):
     """One line, in bytes, as a row with the known fields only. ValueError says what is wrong.
 
-    number: the line's, which is the row's id if it names none.
     labels: True if the row must have a label.
     """
     raw = parse_object(line)
@@ -200,7 +211,6 @@ def parse_row(line, number, labels):
             raise ValueError(f"{name} is {json.dumps(value)[:60]}, expected {expected}")
 
     # one form for all rows
-    row.setdefault("id", number)
     if "label" in row:
         row["label"] = int(row["label"])  # true is 1
     if not row.get("explanation", "").strip():
@@ -210,6 +220,8 @@ def parse_row(line, number, labels):
 
 def parse_object(line):
     """The JSON object in a line of bytes, as a dict. ValueError says why there is none."""
+    if not line.strip():
+        raise ValueError("the line is blank")
     try:
         value = json.loads(
             line.decode(), parse_constant=refuse_constant, object_pairs_hook=refuse_repeated_keys
@@ -279,7 +291,8 @@ FIELDS = {  # name: (whether a value fits, what is expected)
     "group": (is_string, "a string"),
     "probability": (is_probability, "a number from 0 to 1"),
     "evidence": (is_list_of_strings, "a list of strings"),
-    "explanation_source": (is_anything, "anything"),  # explain.py writes it, nothing else reads it
+    # kept, so that explain.py can be run on its own output
+    "explanation_source": (is_anything, "anything"),
 }
 
 
@@ -371,20 +384,17 @@ def spread(lengths):
 def leaks(train, test):
     """Prints how many test rows share group, id or text with a training row, or have a near text.
 
-    A model that has seen them in training looks better on the test file than it is.
+    A model that has seen them in training looks better on the test file than it is. The rows are
+    those of read_rows(..., fill_ids=False): two rows of one line number have nothing in common.
     """
-    print(f"\nof {len(test)} test rows, training rows have")
+    print(f"\nof {len(test)} test rows, this many share with a training row:")
 
     for name in ("group", "id", "text"):
-        known = set()
-        for number, row in enumerate(train, 1):
-            value = row.get(name)
-            if value is not None and value != number:  # an id that is its line's number is nobody's
-                known.add(value)
-        shared = sum(row.get(name) in known for row in test)
-        print(f"the {name:10}{shared}")
+        known = {str(row[name]) for row in train if name in row}  # ids 5 and "5" are the same
+        shared = sum(name in row and str(row[name]) in known for row in test)
+        print(f"{name:14}{shared}")
 
-    print(f"a near text   {count_near_texts(train, test)}")
+    print(f"{'near text':14}{count_near_texts(train, test)}")
 
 
 def count_near_texts(train, test):
@@ -434,15 +444,16 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     rows = read_rows(args.data)
-    prompts = Prompts(args.model, args.question, args.labels, args.format, args.max_prompt,
-                      args.max_answer)
+    prompts = Prompts.from_arguments(args)
     examples = encode_rows(rows, prompts, refuse=False)
 
     print_counts(rows, examples, prompts)
     print(f"\nthe first row, format {prompts.format}:\n")
     print(show(examples[0], prompts))
     if args.test:
-        leaks(rows, read_rows(args.test))
+        train = read_rows(args.data, fill_ids=False)
+        test = read_rows(args.test, fill_ids=False)
+        leaks(train, test)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Data construction: a teacher model explains rows that only have labels.
 
-    python explain.py --data labels.jsonl --out train.jsonl --model models/smollm2-135m
-    python explain.py ... --endpoint http://localhost:8000/v1 --teacher NAME
+    python explain.py --data labels.jsonl --out x.jsonl --question "Is ...?" --model models/teacher
+    python explain.py --data ... --question "Is ...?" --endpoint http://host:8000/v1 --teacher NAME
 
 The teacher is told the label and writes up to --tries explanations of it; the first that passes
 every check is kept. No row is dropped: one without an explanation still trains the score head.
@@ -222,8 +222,7 @@ class LocalTeacher:
     """A model folder as the teacher."""
 
     def __init__(self, args):
-        prompts = Prompts(args.model, args.question, args.labels, args.format, args.max_prompt,
-                          args.max_answer)
+        prompts = Prompts.from_arguments(args)
         dtype, device = pick_device(args.dtype, None)
         llama = pack(load_llama(args.model, dtype, device))
         by_label_words = Fitted(scorer="label_token")  # it has no score head to ask

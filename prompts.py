@@ -39,8 +39,8 @@ class Frame:
     inst_is_text: bool = False  # [INST] is no token of its own, so a row's text could imitate it
 
 
-# A new frame is one entry here. A tokenizer gets the first frame whose special tokens it has. As
-# plain needs none, the frames after it are for --format only.
+# A new frame is one entry here. The order counts: a tokenizer gets the first frame whose tokens it
+# has. "plain" needs none, so the frames below it must be named with --format.
 #
 # The token ids equal those of the models' own chat templates for [system, user], except for
 # Llama-3.1's date header, Qwen3's empty think block, and blanks at the ends of a text, which the
@@ -95,12 +95,13 @@ class Prompts:
 
     def __init__(self, folder, question=QUESTION, labels=("no", "yes"), format=None,
                  max_prompt=1024, max_answer=256):
-        # The door: what can be refused is refused here
+        # What can be refused is refused here
         check_settings(question, labels, format, max_prompt, max_answer)
         folder = Path(folder)
         config = read_json(folder / "config.json")
         eos_ids = read_eos_ids(folder, config)
-        self.tokenizer, self.plain, self.in_frame = load_tokenizers(folder / "tokenizer.json")
+        tokenizers = load_tokenizers(folder / "tokenizer.json")
+        self.tokenizer, self.text_tokenizer, self.frame_tokenizer = tokenizers
         if format is None:
             format = choose_format(self.tokenizer)
         check_model(folder, config, eos_ids, self.tokenizer, format, max_prompt + max_answer)
@@ -111,23 +112,33 @@ class Prompts:
         self.max_prompt = max_prompt  # tokens
         self.max_answer = max_answer  # tokens, the end of turn included
 
-        # The frame as token ids
+        # The frame as token ids. Without special tokens nothing stands before its text, which is
+        # then encoded as any text that stands alone
         self.frame = FRAMES[format]
-        if not self.frame.special_tokens:  # its plain text is a whole input
-            self.in_frame = self.plain
+        if not self.frame.special_tokens:
+            self.frame_tokenizer = self.text_tokenizer
         self._lay_out_frame()
 
-        # What ends an answer. Training puts the first of these there: the frame's end of turn
+        # What ends an answer; training writes the first: the frame's end of turn, else eos
         stop_ids = eos_ids
         if self.frame.special_tokens:
             end_of_turn = self.tokenizer.token_to_id(self.frame.special_tokens[-1])
             stop_ids = [end_of_turn, *eos_ids]
         self.stop_ids = list(dict.fromkeys(stop_ids))  # each once, in this order
 
-        # "No." and "Yes.": the strings whose log-probability is the label-token score
+        # "No." and "Yes.": the label-token score is the difference of their log-probabilities
         self.label_ids = []
         for label in range(len(self.labels)):
-            self.label_ids.append(encode(self.plain, self.word(label) + ".").ids)
+            self.label_ids.append(encode(self.text_tokenizer, self.word(label) + ".").ids)
+
+    @classmethod
+    def from_arguments(cls, args):
+        """The prompts that a script's arguments ask for.
+
+        args has `model`, the folder, and the flags of `add_prompt_arguments`.
+        """
+        return cls(args.model, args.question, args.labels, args.format, args.max_prompt,
+                   args.max_answer)
 
     def settings(self):
         """What a run has to remember: Prompts(folder, **settings) builds the same prompts again."""
@@ -140,22 +151,25 @@ class Prompts:
         }
 
     def _lay_out_frame(self):
-        """Splits the frame into ids before, plain text around the row's text, and ids after.
+        """Splits the frame into four parts, around the row's text.
 
-        The split is at special tokens only. All plain text between two of them is one call of the
-        tokenizer: encoded apart, "?\\n\\n" and what follows give other tokens than together.
+            ids_before | text_before, (the row's text), text_after | ids_after
+
+        Each stretch of plain text between two special tokens is tokenised in one call, because
+        tokens can span its parts. So the plain text around the row's text stays text here, and
+        `prompt` encodes the three together.
         """
         pieces = split_at(self.frame.special_tokens, self.frame.prompt.replace("{system}", SYSTEM))
         user_piece = next(piece for piece in pieces if "{user}" in piece)
         where = pieces.index(user_piece)
 
-        self.before = self._frame_ids(pieces[:where])
-        self.after = self._frame_ids(pieces[where + 1 :])
+        self.ids_before = self._frame_ids(pieces[:where])
+        self.ids_after = self._frame_ids(pieces[where + 1 :])
         if not self.frame.special_tokens:  # a base model: its tokenizer's start token, if any
-            self.before = self.tokenizer.encode("").ids[:1] + self.before
+            self.ids_before = self.tokenizer.encode("").ids[:1] + self.ids_before
 
-        opening, self.closing = user_piece.split("{user}")
-        self.opening = opening + self.question + "\n\n"
+        start, self.text_after = user_piece.split("{user}")
+        self.text_before = start + self.question + "\n\n"
 
     def _frame_ids(self, pieces):
         """The token ids of a frame's pieces: special tokens, and plain text between them."""
@@ -164,27 +178,27 @@ class Prompts:
             if piece in self.frame.special_tokens:
                 ids.append(self.tokenizer.token_to_id(piece))
             else:
-                ids += encode(self.in_frame, piece).ids
+                ids += encode(self.frame_tokenizer, piece).ids
         return ids
 
     def prompt(self, text):
         """A row's text as (the prompt's token ids, how many tokens of the text were cut).
 
         A prompt over max_prompt loses tokens from the middle of the text, never from frame or
-        question. The bound does not look at the answer: a cut that did would leak the label.
-        ValueError if nothing of the text would be left.
+        question. The bound does not look at the answer (answers differ in length by class): a cut
+        that did would leak the label. ValueError if nothing of the text would be left.
         """
         if self.frame.inst_is_text:
             text = re.sub(r"(\[/?)(INST\])", r"\1 \2", text)
 
-        encoded = encode(self.in_frame, self.opening + text + self.closing)
+        encoded = encode(self.frame_tokenizer, self.text_before + text + self.text_after)
         ids = encoded.ids
-        surplus = len(self.before) + len(ids) + len(self.after) - self.max_prompt
+        surplus = len(self.ids_before) + len(ids) + len(self.ids_after) - self.max_prompt
         if surplus <= 0:
-            return self.before + ids + self.after, 0
+            return self.ids_before + ids + self.ids_after, 0
 
         # Too long: the text's own tokens are those whose offsets lie within it
-        start = len(self.opening)
+        start = len(self.text_before)
         end = start + len(text)
         own = []
         for index, (first, last) in enumerate(encoded.offsets):
@@ -198,12 +212,12 @@ class Prompts:
         # ... and a gap in their middle makes it as long as it may be
         gap = own[(len(own) - surplus + 1) // 2]
         ids = ids[:gap] + ids[gap + surplus :]
-        return self.before + ids + self.after, surplus
+        return self.ids_before + ids + self.ids_after, surplus
 
     def answer(self, label, explanation):
         """The token ids of "Yes. Because ..." and the end of turn."""
         text = f"{self.word(label)}. {explanation.strip()}"
-        return encode(self.plain, text).ids + self.stop_ids[:1]
+        return encode(self.text_tokenizer, text).ids + self.stop_ids[:1]
 
     def word(self, label):
         """The label's word with its first letter in upper case: 1 gives "Yes"."""
@@ -236,11 +250,12 @@ def stated_label(answer, labels):
 
 # --- tokenizers -----------------------------------------------------------------------------------
 def load_tokenizers(path):
-    """Three tokenizers from one tokenizer.json: (the whole, for a plain text, for one in a frame).
+    """Three tokenizers from one tokenizer.json: (the whole one, a text's, a frame's).
 
     The whole one knows the special tokens and decodes. The other two have no added tokens, so what
-    they encode is text and nothing else. They differ where a tokenizer of the SentencePiece kind
-    puts a blank before its input: "first" does so before a whole input only, hence not in a frame.
+    they encode is text and nothing else: the second a text that stands alone, the third a text that
+    follows a special token. They differ for tokenizers of the SentencePiece kind, where the scheme
+    "first" puts a blank before a text that stands alone and none after a special token.
     """
     spec = read_json(path)
     without_added = json.dumps({**spec, "added_tokens": []})
@@ -288,7 +303,7 @@ def missing_tokens(frame, tokenizer):
 def read_eos_ids(folder, config):
     """What generation_config.json and config.json name as the end of a text: none, one or several.
 
-    They are not checked yet.
+    `check_model` checks them.
     """
     generation = folder / "generation_config.json"
     sources = [read_json(generation), config] if generation.exists() else [config]
@@ -303,9 +318,9 @@ def read_eos_ids(folder, config):
     return eos_ids
 
 
-# --- the door -------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 def check_settings(question, labels, format, max_prompt, max_answer):
-    """ValueError if a setting is none that a prompt can be made with."""
+    """ValueError if no prompt can be made with one of the settings."""
     if not isinstance(question, str):
         raise ValueError(f"question is {question!r}, expected a string")
 
@@ -323,7 +338,7 @@ def check_settings(question, labels, format, max_prompt, max_answer):
 
     for name, bound in (("max-prompt", max_prompt), ("max-answer", max_answer)):
         if type(bound) is not int or bound < 1:
-            raise ValueError(f"{name} is {bound!r}, expected a whole number from 1 on")
+            raise ValueError(f"{name} is {bound!r}, expected a whole number of at least 1")
 
 
 def check_model(folder, config, eos_ids, tokenizer, format, longest):
@@ -364,4 +379,5 @@ def add_prompt_arguments(parser):
     add("--labels", nargs=2, default=["no", "yes"], metavar=("ZERO", "ONE"), help="their words")
     add("--format", choices=FRAMES, help="chat frame (default: by the tokenizer's special tokens)")
     add("--max-prompt", type=int, default=1024, help="tokens; the middle of a longer text is cut")
-    add("--max-answer", type=int, default=256, help="tokens; a longer answer is an error")
+    add("--max-answer", type=int, default=256,
+        help="most tokens of an answer; a longer one in training data is an error")

@@ -16,20 +16,20 @@ def complete(endpoint, body, key="", timeout=120, retries=5):
     """The text of a server's chat completion.
 
     body is what the protocol asks for: {"model": ..., "messages": [...], "temperature": ...}.
-    What may pass is tried again after 1, 2, 4, ... seconds: HTTP 429 and 5xx, a connection that
-    fails or is slow, a reply that is not a chat completion.
+    What is temporary is tried again after 1, 2, 4, ... seconds: HTTP 429 and 5xx, a connection
+    that fails or is slow, a reply that is not a chat completion.
 
     ValueError says in one sentence what the last failure was. The key is not shown, neither there
     nor in the text, and it is not sent to where a server redirects.
     """
-    request = post(f"{endpoint.rstrip('/')}/chat/completions", body, key)
+    request = build_request(f"{endpoint.rstrip('/')}/chat/completions", body, key)
 
     for attempt in range(retries + 1):
         try:
             return hide(key, send(request, timeout))
         except Failure as failure:
             problem = failure.problem
-            if not failure.may_pass:
+            if not failure.is_temporary:
                 break
             wait = 2**attempt
             if failure.retry_after is not None:
@@ -43,16 +43,16 @@ def complete(endpoint, body, key="", timeout=120, retries=5):
 
 
 class Failure(Exception):
-    """One request that failed: why, whether another one may pass, and when the server says so."""
+    """One request that failed: why, whether it may work later, and when the server says so."""
 
-    def __init__(self, problem, may_pass=True, retry_after=None):
+    def __init__(self, problem, is_temporary=True, retry_after=None):
         super().__init__(problem)
         self.problem = problem
-        self.may_pass = may_pass
+        self.is_temporary = is_temporary
         self.retry_after = retry_after  # seconds
 
 
-def post(address, body, key):
+def build_request(address, body, key):
     """The request that posts body as JSON, with the key if there is one."""
     request = Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
     if key:  # urllib copies ordinary headers to where it is redirected, which may be another host
@@ -89,11 +89,11 @@ def http_failure(error):
     with suppress(OSError, HTTPException):
         problem += error.read(500).decode(errors="replace")
 
-    may_pass = error.code == 429 or error.code >= 500  # not a wrong model name, for instance
+    is_temporary = error.code == 429 or error.code >= 500  # a wrong model name is not, for instance
     retry_after = error.headers.get("Retry-After", "")
     if not retry_after.isdecimal():  # missing, or a date
-        return Failure(problem, may_pass)
-    return Failure(problem, may_pass, int(retry_after))
+        return Failure(problem, is_temporary)
+    return Failure(problem, is_temporary, int(retry_after))
 
 
 def hide(key, text):

@@ -29,7 +29,8 @@ def test_rows_are_read_with_bom_and_crlf_and_without_unknown_fields(tmp_path):
 
 
 BAD_LINES = {  # what the error says: the line
-    "not JSON": b"{", "not a JSON object": [1], "nested": b"[" * 100000,
+    "the line is blank": b" \t", "not JSON": b"{", "not a JSON object": [1],
+    "nested": b"[" * 100000,
     "no text": {"label": 1}, "expected text that is not blank": {"text": " \n", "label": 1},
     "text is": b'{"text": "\\ud800", "label": 1}', "not UTF-8": b'{"text": "\xff", "label": 1}',
     "no label": {"text": "a"}, "label is 2": {**GOOD, "label": 2},
@@ -82,7 +83,7 @@ def test_validation_takes_whole_groups(rows):
 # --- batches --------------------------------------------------------------------------------------
 def test_exactly_the_answers_are_supervised(tiny, rows):
     """Fails if the prompt's last token, a pad, or a row without explanation is supervised, if the
-    end of turn is not, or if a target is off by one."""
+    end of turn is not, if a target is off by one, or if an explanation without a label passes."""
     prompts = Prompts(tiny)
     examples = encode_rows(rows[:5], prompts)
     batch = collate(examples)
@@ -101,6 +102,8 @@ def test_exactly_the_answers_are_supervised(tiny, rows):
             text = prompts.tokenizer.decode(list(supervised[i].values()), skip_special_tokens=False)
             assert text == f"{word}. {row['explanation']}<|im_end|>"
         assert batch.labels[i] == row["label"]
+    with pytest.raises(ValueError, match="row 7: it has an explanation, but no label"):
+        encode_rows([{"id": 7, "text": "a", "explanation": "b"}], prompts)
     batch = collate([Example(1, [5, 6, 7], [], 1, 0), Example(2, [5], [], 0, 0)])
     assert batch.targets.shape == (0,) and batch.prompt_end.tolist() == [2, 0]
 
@@ -124,12 +127,26 @@ def test_the_command_counts(tiny, rows, rows_file, capsys):
 
 
 def test_leaks(tiny, tmp_path, capsys):
-    """Fails if a shared group, id or text is not counted, a line number counts as an id, or a text
-    that differs in a word is not near."""
+    """Fails if a shared group, id or text is not counted, a line number counts as an id, an id that
+    is its line's number does not, or a text that differs in a word is not near."""
     text = "the patient came with heart failure and left with supportive relatives at home"
     train = write(tmp_path / "a", {**GOOD, "group": "g"}, {"text": text, "label": 0, "id": "x"})
     test = write(tmp_path / "b", {"text": "new", "label": 0, "group": "g"}, GOOD,
                  {"text": text.replace("home", "sea"), "label": 1, "id": "x"})
-    main([str(train), "--test", str(test), "--model", str(tiny)])
-    counts = re.findall(r"^(?:the|a) .*? +(\d+)$", capsys.readouterr().out, re.MULTILINE)
-    assert counts == ["1", "1", "1", "2"]
+
+    def shared_with(train, test):
+        main([str(train), "--test", str(test), "--model", str(tiny)])
+        out = capsys.readouterr().out
+        assert f"of {len(read_rows(test))} test rows, this many share with a training row:" in out
+        counts = re.findall(r"^(group|id|text|near text) +(\d+)$", out, re.MULTILINE)
+        return {name: int(count) for name, count in counts}
+
+    assert shared_with(train, test) == {"group": 1, "id": 1, "text": 1, "near text": 2}
+
+    # Ids count as the files give them: 1 and 3 are shared. The training row of line 2 is not called
+    # 2, and the test row of line 4 is not called 4
+    train = write(tmp_path / "a", {**GOOD, "id": 1}, {"text": "b", "label": 0},
+                  {**GOOD, "id": "3"}, {**GOOD, "id": 4})
+    test = write(tmp_path / "b", {"text": "c", "label": 0, "id": 3}, {"text": "d", "label": 1,
+                 "id": 2}, {"text": "e", "label": 1, "id": 1}, {"text": "f", "label": 1})
+    assert shared_with(train, test) == {"group": 0, "id": 2, "text": 0, "near text": 0}

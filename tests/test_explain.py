@@ -137,7 +137,7 @@ def test_a_server_explains_rows_in_order_and_drops_none(server, tmp_path, rows, 
     assert "text alone: 1.000" in screen.out and "warning" not in screen.out
 
 
-def test_what_may_pass_is_tried_again(server, tmp_path, monkeypatch):
+def test_what_is_temporary_is_tried_again(server, tmp_path, monkeypatch):
     """Fails if a 429, its Retry-After, a 500, a dropped, slow or cut connection or a malformed
     reply ends the run, or changes what is written."""
     waits, out = [], [tmp_path / "a", tmp_path / "b"]
