@@ -50,8 +50,7 @@ def main(argv=None):
         raise ValueError(f"--batch {args.batch} is below the number of processes, {ranks.count}")
 
     # rows as tokens; with --lm-weight 0 training skips the answers, but validation measures them
-    prompts = Prompts(args.model, args.question, args.labels, args.format, args.max_prompt,
-                      args.max_answer)
+    prompts = Prompts.from_arguments(args)
     train_rows, valid_rows = load_rows(args)
     train = encode_rows(train_rows, prompts, answers=args.lm_weight > 0)
     valid = encode_rows(valid_rows, prompts)
