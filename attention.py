@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 BLOCK = 256  # queries at a time, in attention by hand
-# Longer prompts take PyTorch's attention, as by hand there is a mask of T x T. (Where a sliding
-# window is shorter than the row there is a mask anyway.)
+# A longer prompt takes PyTorch's attention, which needs no mask; by hand there is one of T x T.
+# (With a sliding window shorter than the prompt there is a mask anyway, and it stays by hand.)
 LONGEST_PROMPT_BY_HAND = 2048
-# Of rows with more keys, training recomputes the probabilities: kept, they would be most of memory
+# With more keys than this, training recomputes the probabilities, which would fill most of memory
 MOST_KEYS_KEPT = 1024
 
 
@@ -23,6 +23,7 @@ def attend(q, k, v, mask):
 
     mask: what `causal_mask` gives. None means plain causal attention, T = S.
     """
+    # On a CPU, `causal_mask` gives a prompt a mask only where it is to be done by hand
     if mask is None or q.device.type != "cpu":
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)

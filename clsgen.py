@@ -18,9 +18,9 @@ sigmoid(z) is the probability of label 1, "yes". The score head reads the last p
 nothing else, and attention is causal: h_P cannot know the answer, so the probability is the same
 whatever is written after it. A row without an answer is in the first mean and not in the second.
 
-The baselines are the same loss with one weight at zero. w_lm = 0 is a plain classifier. w_cls = 0
-is plain generative fine-tuning: its head is never trained, and its probability is that of the
-words, p("Yes.") / (p("Yes.") + p("No.")).
+The baselines are the same loss with one weight at zero. w_lm = 0 is a plain classifier, whose
+probability is sigmoid(z) too. w_cls = 0 is plain generative fine-tuning: its head is never trained,
+and its probability is that of the words, p("Yes.") / (p("Yes.") + p("No.")).
 
 Notation: B rows, T tokens, D hidden size, V vocabulary; P prompt tokens and n answer tokens of one
 row; A answer tokens of the whole batch.
@@ -58,8 +58,8 @@ class CLSGen(nn.Module):
     def forward(self, batch):
         """One pass for both heads: z (B,) and the logits of the answer tokens (A, V).
 
-        batch: a data.Batch of rows that are padded on the right. It knows prompt_end from the
-        lengths of the prompts. Answer token i belongs to row answer_rows[i], and the state that
+        batch: a data.Batch of rows that are padded on the right. Its prompt_end is the length of
+        each prompt minus 1. Answer token i belongs to row answer_rows[i], and the state that
         predicts it is the one before it, at answer_positions[i].
         """
         hidden = self.model(batch.input_ids)  # (B, T, D)
@@ -73,9 +73,9 @@ class CLSGen(nn.Module):
     def start_head(self, label_ids):
         """Starts the score head as lm_head's row for "Yes" minus its row for "No".
 
-        z is then the model's own log-odds of the two words, and both losses push h_P in the same
-        direction from the first step on (as in LM-BFF, arXiv 2012.15723). A random start would
-        push it anywhere, and a start at zero would give LoRA no gradient from the BCE.
+        z is then the model's own log-odds of these two tokens, and both losses push h_P in the
+        same direction from the first step on (as in LM-BFF, arXiv 2012.15723). A random start
+        would push it anywhere, and a start at zero would give LoRA no gradient from the BCE.
 
         label_ids: the token ids of "No." and of "Yes.". Of two words that begin with the same
         tokens, the first tokens that differ are taken; if none differ, the head starts at zero.
@@ -120,7 +120,8 @@ def joint_loss(z, y, logits, targets, n_examples, n_tokens):
     n_examples and n_tokens are the two denominators: the examples and the answer tokens of the
     whole optimizer step, all its micro-batches on all GPUs. So micro-batches add up to the gradient
     of one large batch, and every answer token weighs the same. (A mean of micro-batch means would
-    overweight the tokens of a micro-batch with short answers.)
+    overweight the tokens of a micro-batch with short answers. The mean that PyTorch takes over GPUs
+    is undone in train.py.)
 
     ValueError for a label that is not 0 or 1, which PyTorch's function would silently accept.
     """
@@ -166,7 +167,7 @@ class LoRALinear(nn.Module):
         self.scale = alpha / rank
         self.lora_on = True  # see `base_model`
 
-        # PyTorch's own start for A, U(+-1/sqrt(in)), is peft's too. B's is not even drawn
+        # A keeps nn.Linear's own start, U(+-1/sqrt(in)), as in peft; skip_init draws none for B
         device = base.weight.device
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device)
         self.lora_B = skip_init(nn.Linear, rank, base.out_features, bias=False, device=device)
@@ -205,7 +206,10 @@ def add_lora(llama, rank, alpha, targets=TARGETS):
 
 @contextmanager
 def base_model(model):
-    """Inside `with base_model(model):` its LoRA is switched off, as before training."""
+    """Inside `with base_model(model):` the model's LoRA is off, so that the base can be compared.
+
+    The head stays as it is.
+    """
     # LoRALinear, or what plumbing/packed.py has put in its place
     adapted = [module for module in model.modules() if hasattr(module, "lora_on")]
     for module in adapted:
@@ -249,7 +253,7 @@ class Reading:
         """log p(ids | prompt) of each row, (B,), for the token ids of one string such as "Yes.".
 
         The first of them is predicted by h_P, and each other one by the token before it. What this
-        leaves in the cache does no harm: `write` puts its own tokens in the same places first.
+        leaves in the cache does no harm: `write` overwrites each place before a token may see it.
         """
         tokens = torch.tensor(ids, device=self.h_P.device).expand(len(self.h_P), -1)  # (B, n)
         hidden = self.h_P[:, None]  # (B, 1, D)
@@ -287,7 +291,8 @@ class Reading:
             stopped |= torch.isin(tokens, stop_ids)
             if stopped.all() or n_written + 1 == max_tokens:
                 return
-            positions = self.prompt_end[:, None] + 1 + n_written  # each row's own
+            # Each row's own positions, where its pads were; no token sees a later position
+            positions = self.prompt_end[:, None] + 1 + n_written
             last = self.llama(tokens[:, None], self.cache, positions)[:, 0]
 
 
@@ -301,7 +306,7 @@ def choose_token(logits, temperature=0.0, top_p=1.0, generator=None):
         return logits.argmax(-1)
     p = (logits / temperature).softmax(-1)
 
-    # Only some hundred tokens are sorted. Each of the V tokens that is less likely than
+    # With top_p < 1 few of the V tokens need to be sorted. Those that are less likely than
     # (1 - top_p) / V can be left out: together they have less than the 1 - top_p that is cut anyway
     likely = p >= (1 - top_p) / p.shape[-1]
     p, ids = p.topk(int(likely.sum(-1).max()))  # (B, n), the likeliest first

@@ -4,6 +4,9 @@ Each block adds attention and then a gated MLP to its input, each after an RMSNo
 as rotations of queries and keys. Reference: github.com/huggingface/transformers,
 src/transformers/models/llama/modeling_llama.py. Papers: Llama, arXiv 2302.13971 and 2407.21783.
 
+recomputed(f, x) is f(x). In training the backward pass computes it once more, so that the large
+tensors inside f need not be kept until then.
+
 Notation: B rows, T tokens of this call, S keys (those in the cache too), C tokens that a cache has
 room for, D hidden size, V vocabulary; H heads and K key/value heads, each of size E.
 """
@@ -51,7 +54,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
             self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 
-    def qkv(self, x):  # a method of its own: plumbing/packed.py makes it one product
+    def qkv(self, x):  # a method of its own: plumbing/packed.py makes it one matrix product
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
     def forward(self, x, rope, mask, cache=None, places=None):
@@ -76,7 +79,7 @@ class Attention(nn.Module):
             keys, values = cache
             keys[rows, :, positions] = k.transpose(1, 2)  # (B, T, K, E)
             values[rows, :, positions] = v.transpose(1, 2)
-            if mask is not None:  # without one, these tokens begin their rows: no key is missing
+            if mask is not None:  # without one these are whole prompts: k and v have every key
                 k, v = cache[:, :, :, : mask.shape[-1]]
 
         y = attend(q, k, v, mask)  # (B, H, T, E)
@@ -93,24 +96,19 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
-    def gate_up(self, x):  # a method of its own: plumbing/packed.py makes it one product
+    def gate_up(self, x):  # a method of its own: plumbing/packed.py makes it one matrix product
         return self.gate_proj(x), self.up_proj(x)
 
-    def product(self, gate, up):
+    def gated(self, gate, up):
         return self.activation(gate) * up
 
     def forward(self, x):
         gate, up = self.gate_up(x)  # (B, T, intermediate size) each
-        product = recomputed(self.product, gate, up)
-        return self.down_proj(product)
+        return self.down_proj(recomputed(self.gated, gate, up))
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to its input.
-
-    recomputed(f, x) is f(x). In training the backward pass computes it once more, so that the large
-    tensors inside f need not be kept until then.
-    """
+    """Attention and MLP, each added to its input."""
 
     def __init__(self, c):
         super().__init__()
@@ -228,6 +226,7 @@ def llama3_rope(frequencies, scaling):
     """
     low = scaling["low_freq_factor"]
     high = scaling["high_freq_factor"]
+    # how often each pair turns around within the length of the original training
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
@@ -271,7 +270,7 @@ class Family:
     o_bias: bool | None = None
     qk_norm: bool = False
     sliding_window: bool = False  # True: every layer has the window that config.json names
-    states_head_dim: bool = False  # True: config.json has to state it; else hidden size / heads
+    states_head_dim: bool = False  # True: head_dim must be in config.json, and has no default
 
 
 FAMILIES = {

@@ -9,7 +9,7 @@ The baselines are the same loop with one weight at zero: --lm-weight 0 is a plai
 but the base weights; log.jsonl has the configuration, and a line for each step and each validation.
 
 A row is what the file says, a dict; an example is the same row as tokens. A step is an optimizer
-step over --batch examples, in micro-batches that fit into memory. The flags and the log stand in
+step over --batch examples, in micro-batches that fit into memory. The flags and the log are in
 plumbing/train_arguments.py and plumbing/training_log.py.
 """
 
@@ -82,7 +82,7 @@ def main(argv=None):
     config = configuration(args, prompts, steps, dtype, device, ranks)
     introduce(config, parts, train, valid, prompts)
     state = {"config": config, "step": 0, "tokens": 0, "seconds": 0.0}
-    kept = {}  # of the last validation, or with --keep-best of the best: its logits (and weights)
+    kept = {}  # z of the last validation; with --keep-best, z and the weights of the best one
     if args.resume:
         state, kept = restore(args.out, trainable, optimizer, config)
         print(f"continues after step {state['step']} of {steps}")
@@ -91,7 +91,7 @@ def main(argv=None):
 
     wrapped = ranks.wrap(model)
     log = TrainingLog(args.out, state, steps, silent=ranks.rank > 0)
-    with log, stop_signals() as caught:
+    with log, stop_signals() as caught:  # a list of the signals' numbers, empty if there is none
         for step in range(state["step"] + 1, steps + 1):
             # one optimizer step
             examples = [train[i] for i in order[(step - 1) * args.batch : step * args.batch]]
@@ -112,6 +112,7 @@ def main(argv=None):
                     measured.update({"bce": None, "auroc": None})
                 log.validation(step, measured)
 
+                # --keep-best is refused where the head does not train, so there is a BCE
                 if not args.keep_best or not kept or measured["bce"] < state["best_bce"]:
                     state.update({"best_bce": measured["bce"], "best_step": step})
                     kept = {"z": torch.tensor(z)}
@@ -127,6 +128,7 @@ def main(argv=None):
                 number = caught[0] if caught else signal.SIGTERM  # another process has caught it
                 sys.exit(128 + number)
 
+    del wrapped  # it must be gone before the processes part
     ranks.leave()
     if ranks.rank == 0:
         if args.keep_best:
@@ -140,8 +142,8 @@ def main(argv=None):
 def train_step(model, optimizer, examples, share, args, device, ranks):
     """One optimizer step over `examples` -> this rank's part of each loss term, {name: number}.
 
-    The terms are means over the whole step: all micro-batches of all ranks. `share` is that of the
-    peak learning rates. ValueError for a loss or a gradient that is not finite, before any
+    The terms are means over the whole step: all micro-batches of all ranks. share: the factor on
+    the peak learning rates. ValueError for a loss or a gradient that is not finite, before any
     parameter changes.
     """
     weights = {"bce": args.cls_weight, "lm": args.lm_weight}  # of the terms of joint_loss
@@ -168,8 +170,8 @@ def train_step(model, optimizer, examples, share, args, device, ranks):
 
     for group in optimizer.param_groups:
         group["lr"] = share * group["peak"]
-        # LoRA and head are clipped separately: the hidden states share a large mean, so the head's
-        # gradient is large, and together with it LoRA's would be scaled down
+        # LoRA and head are clipped separately: hidden states have a large common mean, so the
+        # head's gradient is large, and one norm over both would scale LoRA's down
         norm = torch.nn.utils.clip_grad_norm_(group["params"], args.clip)
         if not math.isfinite(norm):
             ids = [example.id for example in examples]
@@ -188,9 +190,10 @@ def micro_batches(examples, size):
 def epoch_order(labels, seed, epoch):
     """A random order of the rows in which every stretch has the file's share of each class.
 
-    Random, never sorted by length: the classes' explanations differ in length, so that sorted steps
-    are nearly of one class. And stratified: a step's class balance moves all logits together, so
-    keeping it fixed takes away that noise, and leaves the expected gradient as it is.
+    Never sorted by length (that is done only within a step): the classes' explanations differ in
+    length, so steps of rows sorted by length would be nearly of one class. And stratified: a step's
+    class balance moves all logits together, so keeping it fixed takes away that noise, and leaves
+    the expected gradient as it is.
 
     labels (N,) -> indices (N,).
     """
@@ -199,7 +202,8 @@ def epoch_order(labels, seed, epoch):
     place = np.empty(len(labels))  # of each row in the epoch, from 0 to 1
     for label in np.unique(labels):
         rows = rng.permutation(np.flatnonzero(labels == label))
-        place[rows] = (np.arange(len(rows)) + rng.random()) / len(rows)  # evenly spread
+        offset = rng.random()  # one for the class: its rows are evenly spread
+        place[rows] = (np.arange(len(rows)) + offset) / len(rows)
     return np.argsort(place)
 
 
@@ -252,11 +256,12 @@ def validate(model, examples, device, size):
 def watch_text(model, prompts, rows, size):
     """The collapse meter: is what the model writes for a few rows still a text?
 
-    At most 64 tokens are written for each; the rows' own explanations count as a whole.
+    At most 64 tokens are written for each. The loss on its own explanation, and the KL from the
+    base model, are of the whole explanation.
     """
     prompts = copy.copy(prompts)
     prompts.max_answer = min(64, prompts.max_answer)
-    run = Run(model, prompts, Fitted(scorer="label_token"))
+    run = Run(model, prompts, Fitted(scorer="label_token"))  # any scorer: only texts are read
     return collapse(run.predict(rows, batch_size=size), run.reference_sums(rows, size))
 
 
@@ -270,7 +275,7 @@ def load_rows(args):
         valid_groups = {row["group"] for row in valid if "group" in row}
         shared = train_groups & valid_groups
         if shared:
-            print(f"warning: {len(shared)} groups stand in both {args.data} and {args.valid}")
+            print(f"warning: {len(shared)} groups are in both {args.data} and {args.valid}")
     else:
         train, valid = split_valid(train, args.valid_fraction, args.seed)
 
@@ -288,13 +293,14 @@ def load_rows(args):
 
 
 def finish(args, model, prompts, rows, z, base_rate, step):
-    """Fits calibration and threshold on the validation rows, saves the run, and shows both.
+    """Fits calibration and threshold on the validation rows, saves the run, prints what it does.
 
-    z (N,): the raw logits of the rows; step: the one that the weights are of.
+    z (N,): the raw logits of the rows. base_rate: the share of class 1 in the training rows, and
+    step: the one after which the weights were taken; both are only put on record.
     """
     y = np.array([row["label"] for row in rows])
     scorer = "head"
-    if args.cls_weight == 0:  # the head never trained: the label token is the score
+    if args.cls_weight == 0:  # the head was never trained: the label's words are the score
         scorer = "label_token"
         z = Run(model, prompts, Fitted(scorer)).raw_logits(rows)
     fitted, sentence = fit(scorer, y, z, base_rate)

@@ -1,5 +1,6 @@
 """Training on several GPUs: torchrun starts a process for each, and each has a number, its rank."""
 
+import gc
 import os
 import sys
 from contextlib import nullcontext
@@ -47,5 +48,11 @@ class Ranks:
         return dict(zip(values, sums.tolist(), strict=True))
 
     def leave(self):
+        """Parts from the other processes.
+
+        The wrapped model has to be collected first. It holds on to the group, whose threads would
+        otherwise still run when the process ends, and now and then abort it.
+        """
         if self.count > 1:
+            gc.collect()
             dist.destroy_process_group()

@@ -75,7 +75,7 @@ def test_calibration_is_that_of_the_validation_rows(tiny, rows, rows_file, tmp_p
     path = write_rows(tmp_path / "valid.jsonl", valid)
     # so long that the logits spread: on nearly equal ones, rounding moves the fit
     main(arguments(tiny, rows_file, tmp_path / "run", "--valid", path, "--epochs", 12))
-    assert "20 groups stand in both" in capsys.readouterr().out
+    assert "20 groups are in both" in capsys.readouterr().out
     meta = json.loads((tmp_path / "run" / "clsgen.json").read_text())
     records = load_run(tmp_path / "run").predict(valid, explain=False)
     y, raw, p = (np.array([record[key] for record in records])
