@@ -1,9 +1,11 @@
-"""The method in one sitting: run it as a whole, or cell by cell in an editor that knows # %%.
+"""This script shows the method step by step, on one row and a real model.
 
     python examples/smollm2.py        # once: the model
     python examples/walkthrough.py    # under a minute
 
-Each cell prints what it claims. The code that it calls is clsgen.py, which is to be read next.
+Run it as a whole, or cell by cell in an editor that knows # %%. Each cell prints what it claims.
+The code that it calls is in clsgen.py, which is to be read next. Notation, as there: p = sigmoid(z)
+is the probability of label 1; T tokens, D hidden size, V vocabulary, A answer tokens.
 """
 
 # %% A row and a real model
@@ -44,78 +46,90 @@ print(show(example, prompts))
 # %% 2. Where the score head reads
 title("2. The score head reads one hidden state: that of the last prompt token")
 batch = collate([example])
-end = batch.prompt_end.item()
+n_answer_tokens = len(batch.targets)
+prompt_end = batch.prompt_end.item()
+first_answer_position = batch.answer_positions[0].item()  # where its first token is predicted
+last_prompt_token = prompts.tokenizer.decode(example.prompt[-1:])
 print(f"the row has {len(example)} tokens, {len(example.prompt)} of them the prompt")
-print(f"the head reads position {end}, the token {prompts.tokenizer.decode(example.prompt[-1:])!r}")
-print(f"lm_head predicts {len(batch.targets)} answer tokens, the first from the same position "
-      f"{batch.answer_positions[0].item()}")
-assert batch.answer_positions[0] == end == len(example.prompt) - 1
+print(f"the score head reads position {prompt_end}, counted from 0: the token "
+      f"{last_prompt_token!r}")
+print(f"lm_head predicts {n_answer_tokens} answer tokens, the first one from the same position "
+      f"{first_answer_position}")
+assert prompt_end == first_answer_position == len(example.prompt) - 1
 
 # %% 3. LoRA changes nothing at first
 title("3. LoRA is wrapped around the model and changes nothing at first")
 with torch.no_grad():
-    before = llama(batch.input_ids)
-    model = CLSGen(add_lora(llama, rank=16, alpha=32.0))
+    before = llama(batch.input_ids)  # (1, T, D)
+    add_lora(llama, rank=16, alpha=32.0)  # in place: from here on llama is the adapted model
     after = llama(batch.input_ids)
-print(f"largest change of a hidden state: {(after - before).abs().max().item()}")
+largest_change = (after - before).abs().max().item()
+print(f"largest change of a hidden state: {largest_change}")
 assert torch.equal(before, after)
 
-parts = model.parameters_by_part()
-for kind, parameters in parts.items():
-    print(f"{kind:7} {sum(p.numel() for p in parameters.values()):>12,} parameters")
-
-# The head starts as lm_head's row for "Yes" minus its row for "No"
+# The score head is added, and starts as lm_head's row for "Yes" minus its row for "No"
+model = CLSGen(llama)
 model.start_head(prompts.label_ids)
+
+parts = model.parameters_by_part()  # LoRA and head are trained
+for part, parameters in parts.items():
+    count = sum(parameter.numel() for parameter in parameters.values())
+    print(f"{part:7} {count:>12,} parameters")
 
 # %% 4. The two losses of one row
 title("4. The two losses of one row, once by hand and once by joint_loss")
 with torch.no_grad():
-    z, logits = model(batch)
-    terms = joint_loss(z, batch.labels, logits, batch.targets, n_examples=1,
-                       n_tokens=len(batch.targets))
+    z, logits = model(batch)  # (1,), (A, V)
+    terms = joint_loss(
+        z, batch.labels, logits, batch.targets, n_examples=1, n_tokens=n_answer_tokens)
 
-    p = torch.sigmoid(z)  # the label is 1, so the loss is -log p
-    log_p = logits.log_softmax(-1)[torch.arange(len(batch.targets)), batch.targets]
+    # by hand
+    p = torch.sigmoid(z)
+    bce = -p.log()[0]  # since the label is 1
+    log_p_answer = logits.log_softmax(-1)[torch.arange(n_answer_tokens), batch.targets]  # (A,)
+    lm = -log_p_answer.mean()
+
 print(f"z = {z.item():+.3f}, p = {p.item():.3f}")
-print(f"BCE: -log p                       = {-p.log().item():.4f}   joint_loss: {terms['bce']:.4f}")
-print(f"LM:  mean of -log p(answer token) = {-log_p.mean().item():.4f}   "
-      f"joint_loss: {terms['lm']:.4f}")
-torch.testing.assert_close(terms["bce"], -p.log()[0])
-torch.testing.assert_close(terms["lm"], -log_p.mean())
+print(f"BCE: -log p                       = {bce:.4f}   joint_loss: {terms['bce']:.4f}")
+print(f"LM:  mean of -log p(answer token) = {lm:.4f}   joint_loss: {terms['lm']:.4f}")
+torch.testing.assert_close(terms["bce"], bce)
+torch.testing.assert_close(terms["lm"], lm)
 
-(label_only,) = encode_rows([{"id": 2, "text": row["text"], "label": 1}], prompts)
+label_only_row = {"id": "label only", "text": row["text"], "label": 1}
+(label_only,) = encode_rows([label_only_row], prompts)
 print(f"a row without an explanation has {len(label_only.answer)} answer tokens: it trains the "
       "score head, and the LM loss never sees it")
+assert label_only.answer == []
 
 # %% 5. p cannot depend on the answer
 title("5. Another answer leaves z alone; a head on the row's last token would read the label")
 other_row = dict(row, label=0, explanation="Good care at this age makes death unlikely.")
 (other_example,) = encode_rows([other_row], prompts)
-with torch.no_grad():
-    readings = []
-    for one in (example, other_example):
-        one_batch = collate([one])
-        hidden = model.model(one_batch.input_ids)
-        z_prompt_end = model.read_out(hidden, one_batch.prompt_end).item()
-        last_token = torch.tensor([len(one) - 1])  # what other tools read, the answer included
-        z_last_token = model.read_out(hidden, last_token).item()
-        readings.append((z_prompt_end, z_last_token))
-        answer = prompts.decode(one.answer)
-        print(f"z at the prompt's end {z_prompt_end:+.4f}, at the row's last token "
-              f"{z_last_token:+.4f}, with the answer {answer!r}")
-assert abs(readings[0][0] - readings[1][0]) < 1e-4
-assert abs(readings[0][1] - readings[1][1]) > 1e-2
 
-# %% 6. One step moves both
-title("6. Optimizer steps on this row: both losses fall, through the same LoRA")
+z_prompt_end = []
+z_last_token = []  # the same head where other tools read: at the end of the answer
+for variant in (example, other_example):
+    last_token = torch.tensor([len(variant) - 1])
+    with torch.no_grad():
+        hidden = model.model(collate([variant]).input_ids)  # (1, T, D)
+        z_prompt_end.append(model.read_out(hidden, batch.prompt_end).item())
+        z_last_token.append(model.read_out(hidden, last_token).item())
+    print(f"z at the prompt's end {z_prompt_end[-1]:+.4f}, at the row's last token "
+          f"{z_last_token[-1]:+.4f}, with the answer {prompts.decode(variant.answer)!r}")
+assert abs(z_prompt_end[0] - z_prompt_end[1]) < 1e-4
+assert abs(z_last_token[0] - z_last_token[1]) > 1e-2
+
+# %% 6. Optimizer steps lower both losses
+title("6. Optimizer steps on this row lower both losses, through the same LoRA")
 trained = [*parts["lora"].values(), *parts["head"].values()]
 optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
+
 history = []
 for step in range(4):
     z, logits = model(batch)
-    terms = joint_loss(z, batch.labels, logits, batch.targets, 1, len(batch.targets))
+    terms = joint_loss(z, batch.labels, logits, batch.targets, 1, n_answer_tokens)
     history.append({name: term.item() for name, term in terms.items()})
-    print(f"step {step}: BCE {history[-1]['bce']:.4f}, LM loss {history[-1]['lm']:.4f}")
+    print(f"step {step}: BCE {terms['bce']:.4f}, LM loss {terms['lm']:.4f}")
 
     loss = total_loss(terms, weights={"bce": 1.0, "lm": 1.0})
     loss.backward()
@@ -126,17 +140,17 @@ assert history[-1]["lm"] < history[0]["lm"]
 
 # %% 7. One reading gives p and the text
 title("7. The prompt is read once; p, the label words and the text come from that reading")
-prompt = torch.tensor([example.prompt])
-prompt_end = torch.tensor([len(example.prompt) - 1])
-reading = Reading(model, prompt, prompt_end, room=24)
-no_ids, yes_ids = prompts.label_ids
-odds = reading.log_probability(yes_ids) - reading.log_probability(no_ids)
-tokens = [token.item() for token in reading.write(prompts.stop_ids, max_tokens=24)]
+prompt_ids = torch.tensor([example.prompt])  # (1, T)
+reading = Reading(model, prompt_ids, batch.prompt_end, room=24)
+no_ids, yes_ids = prompts.label_ids  # of "No." and "Yes."
+log_odds = reading.log_probability(yes_ids) - reading.log_probability(no_ids)
 print(f"p of the score head {torch.sigmoid(reading.z()).item():.3f}, of the words Yes. and No. "
-      f"{torch.sigmoid(odds).item():.3f}")
-print(f"text: {prompts.decode(tokens)}")
+      f"{torch.sigmoid(log_odds).item():.3f}")
+
+written = [token.item() for token in reading.write(prompts.stop_ids, max_tokens=24)]
+print(f"text: {prompts.decode(written)}")
 
 with base_model(model):  # LoRA switched off, for comparison
-    reading = Reading(model, prompt, prompt_end, room=24)
-    tokens = [token.item() for token in reading.write(prompts.stop_ids, max_tokens=24)]
-print(f"the base model's text: {prompts.decode(tokens)}")
+    base_reading = Reading(model, prompt_ids, batch.prompt_end, room=24)
+    written = [token.item() for token in base_reading.write(prompts.stop_ids, max_tokens=24)]
+print(f"the base model's text: {prompts.decode(written)}")
