@@ -50,7 +50,8 @@ class CLSGen(nn.Module):
         """The logit z of each row, (B,): the score head on the state of its last prompt token.
 
         hidden (B, T, D); prompt_end (B,), the index of each row's last prompt token. This is the
-        only place that makes z: training, prediction and the check of a saved run call it.
+        only place that makes z: training, prediction and the check of a saved run call it. Another
+        read-out changes this method alone, and `start_head` if the head is to start for it.
         """
         h_P = states_at(hidden, prompt_end)  # (B, D)
         return self.score(h_P.float()).squeeze(-1)

@@ -249,28 +249,45 @@ class Run:
         ids, _ = self.prompts.prompt(GOLDEN_TEXT)
         hidden = self.llama(torch.tensor([ids], device=self.device))
         prompt_end = torch.tensor([len(ids) - 1], device=self.device)
-        made_up, its_end = self._made_up_states()
         return {
             "text": GOLDEN_TEXT,
             "ids": ids,
             "logit": self.model.read_out(hidden, prompt_end).item(),
             "dtype": dtype_name(self.llama.norm.weight.dtype),
-            "read_out": self.model.read_out(made_up, its_end).item(),
+            "read_out": read_out_mark(self.model),
         }
 
-    @torch.inference_mode()
-    def reads_last_prompt_token(self):
-        """Whether the read-out is the score of the last prompt state, as in peft's SEQ_CLS."""
-        made_up, its_end = self._made_up_states()
-        z = self.model.read_out(made_up, its_end)
-        last_score = self.model.score(made_up[:, its_end.item()]).squeeze(-1)
-        return torch.allclose(z, last_score, atol=1e-5)
 
-    def _made_up_states(self):
-        """Hidden states (1, 4, D) of a row whose prompt ends at its third token, and that index."""
-        size = self.model.score.in_features
-        states = torch.arange(4 * size, dtype=torch.float32).sin().view(1, 4, size)
-        return states.to(self.device), torch.tensor([2], device=self.device)
+# --- which read-out this is -----------------------------------------------------------------------
+MADE_UP_TOKENS, MADE_UP_END = 40, 29  # an answer follows the prompt
+
+
+def made_up_states(model):
+    """Hidden states (1, 40, D) that no model has made, on the head's device."""
+    size = model.score.in_features
+    states = torch.arange(MADE_UP_TOKENS * size, dtype=torch.float32).sin()
+    return states.view(1, MADE_UP_TOKENS, size).to(model.score.weight.device)
+
+
+@torch.inference_mode()
+def read_out_mark(model):
+    """The logit of made-up hidden states: another head or another read-out has another one."""
+    states = made_up_states(model)
+    return model.read_out(states, torch.tensor([MADE_UP_END], device=states.device)).item()
+
+
+@torch.inference_mode()
+def reads_last_prompt_token(model):
+    """Whether the read-out is the score of the last prompt state, as in peft's SEQ_CLS."""
+    last = made_up_states(model)[:, MADE_UP_END]
+    return abs(read_out_mark(model) - model.score(last).item()) < 1e-4
+
+
+def check_read_out(stored, model):
+    """ValueError if the `read_out_mark` on record is not the model's. None: there is no record."""
+    if stored is not None:
+        check_same(stored, read_out_mark(model), 1e-3, "made-up hidden states have",
+                   "another read-out or another head")
 
 
 # --- the run folder -------------------------------------------------------------------------------
@@ -282,7 +299,7 @@ def save_run(run, folder, about):
     """
     write_tensors(folder / "adapter_model.safetensors", adapter_tensors(run.model))
     write_json(folder / "adapter_config.json", adapter_config(
-        about["lora"], about["base"], run.reads_last_prompt_token()))
+        about["lora"], about["base"], reads_last_prompt_token(run.model)))
     run.about = {
         **about,
         **run.fitted.settings(),
@@ -365,20 +382,18 @@ def _load_run(folder, about, model, dtype, device, pack):
     fingerprint = sha256_of(folder / "clsgen.json")[:12]
     run = Run(clsgen, prompts, fitted, fingerprint, has_lora=not is_merged)
     run.about = about
-    compare_golden(golden, run.golden())
+    compare_golden(golden, run)
     return run
 
 
-def compare_golden(stored, found):
+def compare_golden(stored, run):
     """ValueError when a run's golden row is not what it was when the run was saved."""
+    found = run.golden()
     if stored["ids"] != found["ids"]:
         raise ValueError("the prompt of a fixed sentence has other token ids than in training: "
                          "prompts.py is another, or the tokenizer")
 
-    if stored["read_out"] is not None:
-        check_same(stored["read_out"], found["read_out"], 1e-3, "made-up hidden states have",
-                   "another read-out or another head")
-
+    check_read_out(stored["read_out"], run.model)
     both_float32 = stored["dtype"] == found["dtype"] == "float32"
     tolerance = 1e-3 if both_float32 else 0.25
     check_same(stored["logit"], found["logit"], tolerance, "a fixed sentence has",

@@ -32,10 +32,11 @@ from plumbing.ranks import Ranks
 from plumbing.resume import restore, save_state
 from plumbing.script import pick_device, printable, run_main, stop_signals
 from plumbing.tables import table
-from plumbing.train_arguments import check_arguments, configuration, parse
+from plumbing.train_arguments import (
+    check_arguments, configuration, loss_weights, parse, trains_head)
 from plumbing.training_log import TrainingLog, begin_run_folder, introduce
 from prompts import Prompts
-from run import Fitted, Run, fit, save_run
+from run import Fitted, Run, check_read_out, fit, read_out_mark, save_run
 
 
 # --- the whole training ---------------------------------------------------------------------------
@@ -85,6 +86,7 @@ def main(argv=None):
     kept = {}  # z of the last validation; with --keep-best, z and the weights of the best one
     if args.resume:
         state, kept = restore(args.out, trainable, optimizer, config)
+        check_read_out(state.get("read_out"), model)
         print(f"continues after step {state['step']} of {steps}")
     elif ranks.rank == 0:
         begin_run_folder(args.out, config)
@@ -107,9 +109,9 @@ def main(argv=None):
             validates = step % valid_every == 0 or step == steps
             if validates:
                 measured, z = validate(model, valid, device, valid_size)
+                if not trains_head(args):  # the numbers of an untrained head mean nothing
+                    measured = {name: None for name in measured} | {"lm": measured["lm"]}
                 measured.update(watch_text(model, prompts, watched_rows, valid_size))
-                if args.cls_weight == 0:  # an untrained head: its numbers mean nothing
-                    measured.update({"bce": None, "auroc": None})
                 log.validation(step, measured)
 
                 # --keep-best is refused where the head does not train, so there is a BCE
@@ -122,6 +124,7 @@ def main(argv=None):
             # save: a crash costs the steps since the last time, no more
             stop = ranks.any(caught, device)
             if ranks.rank == 0 and (validates or stop or step % args.save_every == 0):
+                state["read_out"] = read_out_mark(model)
                 save_state(args.out, trainable, optimizer, state, kept)
             if stop:
                 print(f"stopped after step {step}; --resume {args.out} continues", file=sys.stderr)
@@ -146,7 +149,6 @@ def train_step(model, optimizer, examples, share, args, device, ranks):
     the peak learning rates. ValueError for a loss or a gradient that is not finite, before any
     parameter changes.
     """
-    weights = {"bce": args.cls_weight, "lm": args.lm_weight}  # of the terms of joint_loss
     n_examples = len(examples)
     n_tokens = sum(len(example.answer) for example in examples)
     losses = {}
@@ -159,7 +161,7 @@ def train_step(model, optimizer, examples, share, args, device, ranks):
         with nullcontext() if is_last else ranks.no_sync(model):  # gradients are shared once a step
             z, logits = model(batch)
             terms = joint_loss(z, batch.labels, logits, batch.targets, n_examples, n_tokens)
-            loss = total_loss(terms, weights)
+            loss = total_loss(terms, loss_weights(args))
             if not loss.isfinite():
                 ids = [example.id for example in micro]
                 raise ValueError(f"the loss is {loss.item()}; rows: {ids}")
@@ -218,9 +220,9 @@ def schedule(step, steps, warmup):
 
 
 def make_optimizer(parts, args):
-    """AdamW over LoRA and, unless its loss has no weight, the head; each with its own peak rate."""
+    """AdamW over LoRA and, if it trains, the head; each with its own peak rate."""
     groups = [{"params": list(parts["lora"].values()), "peak": args.lr}]
-    if args.cls_weight > 0:
+    if trains_head(args):
         groups.append({"params": list(parts["head"].values()), "peak": args.head_lr})
     # train_step sets the learning rates
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
@@ -286,7 +288,7 @@ def load_rows(args):
             raise ValueError(f"--valid-rows {args.valid_rows} leaves one class only for validation")
 
     unexplained = [row["id"] for row in train if "explanation" not in row]
-    if args.cls_weight == 0 and unexplained:
+    if not trains_head(args) and unexplained:
         raise ValueError(f"--cls-weight 0 trains on explanations only; {len(unexplained)} rows "
                          f"have none, the first is {unexplained[0]!r}")
     return train, valid
@@ -300,7 +302,7 @@ def finish(args, model, prompts, rows, z, base_rate, step):
     """
     y = np.array([row["label"] for row in rows])
     scorer = "head"
-    if args.cls_weight == 0:  # the head was never trained: the label's words are the score
+    if not trains_head(args):  # the label's words are the score
         scorer = "label_token"
         z = Run(model, prompts, Fitted(scorer)).raw_logits(rows)
     fitted, sentence = fit(scorer, y, z, base_rate)

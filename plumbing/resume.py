@@ -83,10 +83,10 @@ def restore(folder, trained, optimizer, config):
 def compare_configs(folder, before, now):
     """ValueError that names what has changed; a warning for what changes the last bits only."""
     changes = []
-    for name, value in now.items():
-        if before.get(name) == value:
+    for name in [*now, *(before.keys() - now.keys())]:
+        if before.get(name) == now.get(name):
             continue
-        change = f"{name} was {before.get(name)}, is {value}"
+        change = f"{name} was {before.get(name)}, is {now.get(name)}"
         if name in ("versions", "threads"):
             print(f"warning: {change}: the result may differ in the last bits")
         else:

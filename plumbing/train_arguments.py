@@ -75,6 +75,16 @@ def parse(argv=None):
     return args
 
 
+def loss_weights(args):
+    """The weight of each term of clsgen.joint_loss. A term that is not here has weight 1."""
+    return {"bce": args.cls_weight, "lm": args.lm_weight}
+
+
+def trains_head(args):
+    """Whether the score head trains. Otherwise every term that reads z must have weight 0."""
+    return args.cls_weight > 0
+
+
 def take_over_adapter(args, parser):
     """Sets rank, alpha and targets to those of --init-adapter.
 
@@ -108,9 +118,9 @@ def check_arguments(args):
     check(0 < args.valid_fraction < 1, "valid_fraction", "a share of the rows, between 0 and 1")
     check(args.valid_every is None or args.valid_every >= 1, "valid_every", "1 or more")
 
-    if args.cls_weight == args.lm_weight == 0:
+    if not any(loss_weights(args).values()):
         problems.append("--cls-weight and --lm-weight are both 0: nothing would train")
-    if args.keep_best and args.cls_weight == 0:
+    if args.keep_best and not trains_head(args):
         problems.append("--keep-best goes by the BCE, which --cls-weight 0 does not train")
 
     if not args.overwrite and not args.resume:

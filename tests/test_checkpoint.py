@@ -49,7 +49,7 @@ def test_loading_takes_little_more_than_the_weights(tiny, tmp_path):
 
 
 BAD_CONFIGS = {
-    "model_type": "gemma", "hidden_act": "gelu", "quantization_config": {"bits": 4},
+    "model_type": "unheard_of", "hidden_act": "gelu", "quantization_config": {"bits": 4},
     "rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "hidden_size": "32",
     "rms_norm_eps": None, "num_key_value_heads": 3, "num_hidden_layers": 0, "mlp_bias": True,
     "rope_theta": float("inf"), "layer_types": ["full_attention", "sliding_attention"],

@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from clsgen import TARGETS, CLSGen
+from clsgen import TARGETS, CLSGen, states_at
 from run import Fitted, load_run, save_run
 
 HEAD = "base_model.model.score.weight"
@@ -90,25 +90,22 @@ def test_a_malformed_clsgen_json_is_one_sentence(run, tmp_path, change):
         load_run(tmp_path / "run")
 
 
-def mean_of_the_prompt(model, hidden, prompt_end):
-    """A fork's read-out: the mean state of the prompt's tokens."""
-    places = torch.arange(hidden.shape[1], device=hidden.device)
-    in_prompt = (places <= prompt_end[:, None])[..., None]  # (B, T, 1)
-    mean = (hidden * in_prompt).sum(1) / in_prompt.sum(1)
-    return model.score(mean.float()).squeeze(-1)
+def token_before_the_last(model, hidden, prompt_end):
+    """A fork's read-out: the token before the prompt's last one."""
+    return model.score(states_at(hidden, prompt_end - 1).float()).squeeze(-1)
 
 
 def test_a_run_of_another_read_out_is_refused(run, rows, tmp_path, monkeypatch):
     """Fails if a run that was trained with one read-out predicts with another, on either side."""
-    monkeypatch.setattr(CLSGen, "read_out", mean_of_the_prompt)
+    monkeypatch.setattr(CLSGen, "read_out", token_before_the_last)
     with pytest.raises(ValueError, match="another read-out or another head"):
         load_run(tmp_path / "run")
     (tmp_path / "fork").mkdir()
     save_run(run, tmp_path / "fork", run.about)
     predicted = load_run(tmp_path / "fork").predict(rows[:2], explain=False)
     hidden = run.llama(torch.tensor([run.prompts.prompt(rows[0]["text"])[0]]))
-    pooled = run.model.score(hidden.mean(1)).sigmoid()
-    assert predicted[0]["raw_probability"] == near(pooled)
+    due = run.model.score(hidden[:, -2]).sigmoid()
+    assert predicted[0]["raw_probability"] == near(due.item())
     monkeypatch.undo()
     with pytest.raises(ValueError, match="another read-out or another head"):
         load_run(tmp_path / "fork")
@@ -116,7 +113,7 @@ def test_a_run_of_another_read_out_is_refused(run, rows, tmp_path, monkeypatch):
 
 def test_seq_cls_is_claimed_only_where_peft_computes_the_same(run, tmp_path, monkeypatch):
     """Fails if a fork's adapter opens in peft as a classifier with another logit."""
-    for read_out, task in ((CLSGen.read_out, "SEQ_CLS"), (mean_of_the_prompt, None)):
+    for read_out, task in ((CLSGen.read_out, "SEQ_CLS"), (token_before_the_last, None)):
         monkeypatch.setattr(CLSGen, "read_out", read_out)
         save_run(run, tmp_path / "run", run.about)
         config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())

@@ -20,7 +20,7 @@ from clsgen import CLSGen, add_lora
 from data import Example
 from metrics import auroc, best_f1_threshold, calibrate
 from plumbing.checkpoint import load_llama
-from plumbing.resume import STATE, read_state
+from plumbing.resume import STATE, compare_configs, read_state
 from plumbing.train_arguments import check_arguments, parse
 from prompts import Prompts
 from run import load_run
@@ -300,6 +300,22 @@ def test_resume_refuses_what_changed_and_names_it(tiny, rows_file, tmp_path, cap
     (tmp_path / "run" / STATE).write_bytes((tmp_path / "run" / STATE).read_bytes()[:-9])
     with pytest.raises(ValueError, match="nothing to resume from"):
         main(["--resume", str(tmp_path / "run")])
+
+
+def test_another_read_out_does_not_continue_a_training(tiny, rows_file, tmp_path, monkeypatch):
+    """Fails if a fork that reads another token goes on where the last one was read."""
+    main(arguments(tiny, rows_file, tmp_path / "run", "--epochs", 0.3))
+    main(["--resume", str(tmp_path / "run")])
+    read_out = CLSGen.read_out
+    monkeypatch.setattr(CLSGen, "read_out", lambda self, h, end: read_out(self, h, end - 1))
+    with pytest.raises(ValueError, match="another read-out"):
+        main(["--resume", str(tmp_path / "run")])
+
+
+def test_a_flag_that_is_gone_does_not_continue_a_training():
+    """Fails if only the flags of now are compared, so that a fork's own is dropped in silence."""
+    with pytest.raises(ValueError, match="brier_weight was 0.1, is None"):
+        compare_configs("run", {"lr": 1, "brier_weight": 0.1}, {"lr": 1})
 
 
 @pytest.mark.parametrize("trouble", ["full", "vanished", "blocked"])
