@@ -91,10 +91,11 @@ def main(argv=None):
             tensors[disk_name(name)] = random_tensor(name, parameters[name].shape)
             file_of_tensor[disk_name(name)] = file
         write_tensors(args.out / file, tensors)
-    write_json(args.out / "model.safetensors.index.json", {"weight_map": file_of_tensor})
 
-    write_json(args.out / "config.json", config)  # last: without it nothing loads
     count = sum(parameter.numel() for parameter in parameters.values())
+    index = {"metadata": {"total_size": 2 * count}, "weight_map": file_of_tensor}
+    write_json(args.out / "model.safetensors.index.json", index)
+    write_json(args.out / "config.json", config)  # last: without it nothing loads
     print(f"{count:,} random weights in {args.out}")
 
 

@@ -27,7 +27,7 @@ import comprehensiveness as comp  # noqa: E402
 import figures  # noqa: E402
 import random_llama  # noqa: E402
 import real  # noqa: E402
-
+import speed  # noqa: E402
 
 
 def test_the_threshold_is_one_of_calibrated_probabilities():
@@ -361,3 +361,31 @@ def test_random_llama(tiny, tmp_path, monkeypatch):
     for wrong, reason in ((call, "exists"), ([*call[:-1], str(tmp_path)], "tokenizer.json")):
         with pytest.raises((ValueError, OSError), match=reason):
             random_llama.main(wrong)
+
+
+def test_speed(tiny, tmp_path, monkeypatch, capsys):
+    """Fails if a side prints no line for benchmarks/same/check.py, if the fastest run is the median
+    or that of the slowest process, if sides do not take turns, or if a busy machine goes unsaid."""
+    speed.main(f"--side ours --case explain/1 --model {tiny} --dtype float32 --repeats 3".split())
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["rate"] == 48 / sorted(line["seconds"])[1]
+    assert line["fastest"] == 48 / min(line["seconds"])
+
+    calls = []
+
+    def run_side(side, case, args):
+        calls.append(side)
+        return line | {"rate": float(len(calls)), "fastest": 10.0 * len(calls)}
+
+    monkeypatch.setattr(speed, "run_side", run_side)
+    for load, warned in ((0.6, True), (0.5, False)):
+        monkeypatch.setattr(speed.os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        calls.clear()
+        speed.main(f"--cases explain/1 train/4x512-cls --model {tiny} --rounds 2 "
+                   f"--out {tmp_path}/x.json".split())
+        assert ("load average" in capsys.readouterr().out) == warned
+    assert calls == ["ours", "theirs", "ours", "theirs", "ours", "ours"]
+    cases = json.loads((tmp_path / "x.json").read_text())["cases"]
+    assert cases["explain/1"]["rate"] == [2.0, 3.0]
+    assert cases["explain/1"]["fastest"] == [30.0, 40.0]
+    assert cases["train/4x512-cls"]["fastest"] == [60.0]
