@@ -574,7 +574,7 @@ def evidence_scores(rows, texts, file_rows):
     Recall is the share of a row's own phrases that its explanation cites. An explanation may also
     cite phrases of other rows of the file. Of all the phrases that it cites, precision is the share
     of the row's own, and invented is the share that the row's text does not contain. Each is a mean
-    over the rows where it is defined and that have the field `evidence`; None without such rows.
+    over the rows with the field `evidence` where it is defined; None if there are none.
 
     rows: the N rows that were explained; texts: their N explanations; file_rows: all rows.
     """
