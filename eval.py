@@ -3,14 +3,14 @@
     python eval.py --run runs/x --data test.jsonl
     python eval.py --run runs/clsgen --run runs/cls --run runs/lm --model models/x --data test.jsonl
 
-prints tables and writes eval.json and predictions.jsonl: into runs/x/eval/test for one run, into
-out/test for several. --model adds the base model, zero-shot. Nothing is fitted on --data:
-calibration and threshold came with each run; those of the base model are found on --valid.
+Prints tables, and writes eval.json and predictions.jsonl: to runs/x/eval/test for one run, to
+out/test for several. --model adds the base model, zero-shot. Nothing is fitted on --data: each run
+brings its calibration and threshold; those of the base model are fitted on --valid.
 
-A run has up to three scores, which are measured one by one and called scorers: its own p,
-calibrated ("head", or "label token" where no head was trained); the same as it came ("raw"); and
-next to a head, the probability of the label words ("label token"). What the metrics are stands in
-metrics.py. Notation: N rows, y (N,) labels, p (N,) probabilities of class 1.
+A run has up to three scores, called scorers, and each is measured by itself: its own p, calibrated
+("head", or "label token" where no head was trained); the same p before calibration ("raw"); and, if
+it has a head, the probability of the label words ("label token"). metrics.py defines the metrics.
+Notation: N rows, y (N,) labels, p (N,) probabilities of class 1.
 """
 
 import argparse
@@ -18,13 +18,14 @@ import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from clsgen import CLSGen
 from data import read_rows
-from metrics import auroc, checked, group_numbers, none_if_undefined, score_metrics, text_metrics
+from metrics import auroc, group_numbers, none_if_undefined, score_metrics, text_metrics
 from plumbing.checkpoint import base_fingerprint, load_llama
 from plumbing.files import continue_job, write_atomically
 from plumbing.packed import pack
@@ -33,7 +34,7 @@ from plumbing.tables import table
 from prompts import Prompts
 from run import Fitted, Run, fit, load_run
 
-ZERO_SHOT = "zero-shot"  # stands in the list of run folders for the base model
+ZERO_SHOT = "zero-shot"  # the name of the base model in the results
 
 TABLES = {  # title: columns, by their names in eval.json
     "the probability; log loss in nats":
@@ -51,46 +52,58 @@ TABLES = {  # title: columns, by their names in eval.json
         "evidence_precision evidence_invented",
     "minus the first line's, on the same resamples":
         "auroc_difference log_loss_difference reference_nll_difference",
-}  # fmt: skip
+}
 
 
 def main(argv=None):
     args = parse(argv)
     started = time.perf_counter()
 
-    # read the rows and load every scorer: what is wrong says so now, not after hours of work
+    # read the rows and load every run: an error shows now, not after hours of work
     file_rows = read_rows(args.data)
     rows = choose_rows(file_rows, args)
     valid = read_rows(args.valid) if args.valid else []
-    folders = list(args.run)
+    loaders = {}  # {name: the function that loads it}
+    for folder in args.run:
+        loaders[str(folder)] = partial(load_run, folder, args.model, args.dtype, args.device)
     if args.model:
-        folders.append(ZERO_SHOT)
-    for folder in folders[1:]:  # the first one is loaded right after this
-        load_scorer(folder, args)
-    prepare(args.out, args.overwrite)
+        loaders[ZERO_SHOT] = partial(load_zero_shot, args)
+    names = list(loaders)
+    for name in names[1:]:  # the first one is loaded right after this
+        loaders[name]()
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.overwrite:
+        remove_parts(args.out)
 
     # one run after the other: predict, measure, write
     comparison = Comparison(rows, file_rows, args)
     columns = {}  # {scorer: its metrics}
     lines = []  # of predictions.jsonl
-    for folder in folders:
-        run = load_scorer(folder, args)
-        if folder == ZERO_SHOT and valid:
+    for name, load in loaders.items():
+        run = load()
+        if name == ZERO_SHOT and valid:
             calibrate_zero_shot(run, valid, args)
+        is_fitted = name != ZERO_SHOT or bool(valid)
+        scored = score_rows(name, run, rows, args)
 
-        scored = score_rows(run, rows, args)
-        has_threshold = folder != ZERO_SHOT or bool(valid)
-        for scorer, metrics in comparison.measure_run(run, scored, has_threshold).items():
-            if len(folders) > 1:
-                scorer = f"{folder} {scorer}"
+        # its own score, and then the others; all that follow are compared with the first run's own
+        own_name = "head" if run.fitted.scorer == "head" else "label token"
+        measured = {own_name: comparison.measure_own(run, scored, is_fitted)}
+        if name == names[0]:
+            comparison.compare_with(scored)
+            base_rate = run.fitted.base_rate
+        measured.update(comparison.measure_others(run, scored, is_fitted))
+
+        for scorer, metrics in measured.items():
+            if len(loaders) > 1:
+                scorer = f"{name} {scorer}"
             columns[scorer] = metrics
-
         lines += prediction_lines(rows, scored.predictions)
         write_atomically(args.out / "predictions.jsonl", "".join(lines))
-        base_rate = run.fitted.base_rate
         del run  # makes room for the next one
 
-    # and what no model is needed for: the training rows' share of class 1, for every row
+    # a baseline without a model: the first run's share of class 1 for every row
     columns["majority"] = comparison.measure(np.full(len(rows), base_rate))
 
     # the results
@@ -121,7 +134,7 @@ def parse(argv=None):
     add("--explain", type=int, help="texts for the first N of that shuffle only (default: all)")
     add("--out", type=Path, help="results (default: RUN/eval/DATA; of several runs, out/DATA)")
     add("--overwrite", action="store_true", help="replace results that are there, or half there")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="of the base model")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="default: the run's")
     add("--device", help="such as cpu or cuda")
     add("--batch", type=int, default=16, help="rows at a time")
     add("--draws", type=int, default=1000, help="resamples for intervals and for the ECE floor")
@@ -133,14 +146,22 @@ def parse(argv=None):
         args.out = results / args.data.stem
 
     problems = []
-    rows = 1 if args.rows is None else args.rows
-    explain = 0 if args.explain is None else args.explain
-    if min(rows, args.batch, args.draws) < 1 or explain < 0:
-        problems.append("--rows, --batch and --draws must be at least 1, --explain at least 0")
+
+    def check(name, least):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            problems.append(f"--{name} is {value}, expected {least} or more")
+
+    for name in ("rows", "batch", "draws"):
+        check(name, least=1)
+    for name in ("explain", "seed"):
+        check(name, least=0)
     if args.valid and not args.model:
         problems.append("--valid is for the base model, of --model; runs are calibrated already")
     if len(set(args.run)) < len(args.run):
         problems.append("--run names one folder twice")
+    if args.model and ZERO_SHOT in map(str, args.run):
+        problems.append(f"--run {ZERO_SHOT}: the base model has this name; rename the folder")
     if (args.out / "eval.json").exists() and not args.overwrite:
         problems.append(f"{args.out}/eval.json exists; give another --out or --overwrite")
     refuse(problems)
@@ -150,27 +171,24 @@ def parse(argv=None):
 def choose_rows(file_rows, args):
     """All rows; with --rows or --explain, the first of a seeded shuffle.
 
-    ValueError if a class of the file is not among them.
+    ValueError if they are all of one class.
     """
     if args.rows is None and args.explain is None:
         return file_rows
     order = np.random.default_rng(args.seed).permutation(len(file_rows))
     rows = [file_rows[i] for i in order[: args.rows]]
 
-    labels = [row["label"] for row in rows]
-    classes = sorted({row["label"] for row in file_rows})
-    checked(labels, labels, need=classes)
+    labels = {row["label"] for row in rows}
+    if len(labels) < 2:
+        raise ValueError(f"--rows {args.rows} leaves one class only; give more")
     return rows
 
 
-def load_scorer(folder, args):
-    """The run of a folder; of ZERO_SHOT, the base model with the first run's prompts.
+def load_zero_shot(args):
+    """The base model with the first run's prompts, as a run that answers by its label-token score.
 
-    The base model answers by its label-token score, and has neither calibration nor threshold.
+    It has neither calibration nor threshold.
     """
-    if folder != ZERO_SHOT:
-        return load_run(folder, args.model, args.dtype, args.device)
-
     first = load_run(args.run[0], args.model, args.dtype, args.device)
     llama = load_llama(args.model, first.llama.norm.weight.dtype, first.device)
     model = CLSGen(pack(llama)).eval()
@@ -182,7 +200,7 @@ def load_scorer(folder, args):
 
 
 def calibrate_zero_shot(run, valid, args):
-    """Gives the base model what the runs got when they were trained: a calibration, a threshold."""
+    """Fits the base model's calibration and threshold on `valid`, as train.py fits a run's."""
     y = [row["label"] for row in valid]
     z = run.raw_logits(valid, args.batch, progress=True)
     run.fitted, sentence = fit(run.fitted.scorer, y, z, run.fitted.base_rate)
@@ -195,71 +213,85 @@ class Scored:
     """What one run says about N rows."""
 
     predictions: list  # N records
-    sums: np.ndarray  # (N, 3) its reference_sums, 0 for the rows without a text
+    sums: np.ndarray  # (N, 3) its reference_sums, 0 for the rows whose text was not asked for
     seconds: float
 
+    def column(self, key):
+        """(N,) one value of every record."""
+        return np.array([prediction[key] for prediction in self.predictions])
 
-def prepare(out, overwrite):
-    """Makes the folder of the results. With --overwrite, what a stopped call left there goes."""
-    out.mkdir(parents=True, exist_ok=True)
-    if overwrite:
-        remove_parts(out)
-
-
-def remove_parts(out):
-    """Removes what `score_rows` has kept, and no other file."""
-    for path in out.glob("scored-*.part"):
-        path.unlink()
+    def nll_sums(self):
+        """(N, 2) what `per_token` makes the reference NLL of; None without a reference text."""
+        if not self.sums.any():
+            return None
+        return self.sums[:, [0, 2]]
 
 
-def score_rows(run, rows, args):
+def score_rows(name, run, rows, args):
     """Scores all rows with one run, and has it write texts for the first --explain: Scored.
 
-    The three pieces of this work are kept in a file of --out until all runs are done, so that a
-    stopped command continues. The file's name is a hash of what decides about its content.
+    The work has three units. Their results are kept in a file of --out until all runs are done, so
+    that a stopped command continues.
     """
     explained = rows[: args.explain]
     others = rows[len(explained) :]
 
-    def texts():
-        return run.predict(explained, True, args.batch, progress=bool(explained))
-
-    def probabilities():
-        return run.predict(others, False, args.batch, progress=bool(others))
-
-    def references():
-        return run.reference_sums(explained, args.batch, progress=bool(explained)).tolist()
-
-    def timed(work):
+    def score(unit):
         started = time.perf_counter()
-        result = work()
+        if unit == "texts":
+            result = run.predict(
+                explained, explain=True, batch_size=args.batch, progress=bool(explained)
+            )
+        elif unit == "probabilities":
+            result = run.predict(
+                others, explain=False, batch_size=args.batch, progress=bool(others)
+            )
+        else:  # the references
+            sums = run.reference_sums(explained, args.batch, progress=bool(explained))
+            result = sums.tolist()
         return {"result": result, "seconds": time.perf_counter() - started}
 
-    job = [
-        run.name,
-        run.about,
-        run.prompts.settings(),
-        asdict(run.fitted),
-        rows,
-        len(explained),
-        args.batch,
-        args.dtype,
-        versions(),
-    ]
-    digest = hashlib.sha256(json.dumps(job).encode()).hexdigest()
-    part = args.out / f"scored-{digest[:16]}.part"
+    part = part_file(run, rows, args)
     if part.exists():
-        print(f"run {run.name}: what was scored before is kept; --overwrite scores it again")
-
-    work = [texts, probabilities, references]
-    pieces = list(continue_job(part, {"run": run.name, "sha256": digest}, work, timed))
-    with_text, without_text, reference_sums = [piece["result"] for piece in pieces]
+        print(f"{name}: what was scored before is kept; --overwrite scores it again")
+    units = ["texts", "probabilities", "references"]
+    texts, probabilities, references = continue_job(part, {"run": run.name}, units, score)
 
     sums = np.zeros((len(rows), 3))
     if explained:
-        sums[: len(explained)] = reference_sums
-    seconds = sum(piece["seconds"] for piece in pieces)
-    return Scored(with_text + without_text, sums, seconds)
+        sums[: len(explained)] = references["result"]
+    return Scored(
+        predictions=texts["result"] + probabilities["result"],
+        sums=sums,
+        seconds=texts["seconds"] + probabilities["seconds"] + references["seconds"],
+    )
+
+
+def part_file(run, rows, args):
+    """Where a run's results are kept: its name is a hash of everything that its content depends on.
+
+    Thus a command with other rows or another --batch scores again, and does not mix the two.
+    """
+    content = {
+        "run": run.name,
+        "about": run.about,
+        "prompts": run.prompts.settings(),
+        "fitted": asdict(run.fitted),
+        "rows": rows,
+        "explain": args.explain,
+        "batch": args.batch,
+        "dtype": args.dtype,
+        "device": str(run.device),
+        "versions": versions(),
+    }
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return args.out / f"scored-{digest[:16]}.part"
+
+
+def remove_parts(out):
+    """Removes the files of `part_file`, and no others."""
+    for path in out.glob("scored-*.part"):
+        path.unlink()
 
 
 def prediction_lines(rows, predictions):
@@ -273,7 +305,7 @@ def prediction_lines(rows, predictions):
 
 # --- measuring ------------------------------------------------------------------------------------
 class Comparison:
-    """Measures scorers on the same rows, and all others against the first."""
+    """Measures scores of the same N rows, and compares them with the first run's."""
 
     def __init__(self, rows, file_rows, args):
         self.rows = rows
@@ -282,33 +314,36 @@ class Comparison:
         self.y = [row["label"] for row in rows]
         self.groups = [row.get("group") for row in rows]
         self.true_p = np.array([row.get("probability", np.nan) for row in rows])
-        self.first = {}  # {name of a metric: p or sums of the first scorer}
+        self.first = {}  # {name of a metric: the first run's p or sums}
+
+    def compare_with(self, scored):
+        """All scores that are measured from now on get the difference from this run's own score."""
+        p = scored.column("probability")
+        self.first = {"auroc": p, "log_loss": p, "reference_nll": scored.nll_sums()}
 
     def measure(self, p, decisions=None, sums=None):
         """`score_metrics` of one score."""
-        draws, seed = self.args.draws, self.args.seed
         metrics = score_metrics(
-            self.y, p, decisions, self.groups, draws, seed, self.true_p, sums, self.first
+            self.y,
+            p,
+            decisions,
+            groups=self.groups,
+            draws=self.args.draws,
+            seed=self.args.seed,
+            true_p=self.true_p,
+            sums=sums,
+            first=self.first,
         )
-        if not self.first:
-            self.first = {"auroc": p, "log_loss": p, "reference_nll": sums}
         return {"calibrated": False, **metrics}
 
-    def measure_run(self, run, scored, has_threshold):
-        """{scorer: metrics} of a run's own score, the same as it came, and the label words'.
+    def measure_own(self, run, scored, is_fitted):
+        """The metrics of a run's own score and of its texts.
 
-        The texts count with the run's own score. has_threshold: whether its decisions do, too.
+        is_fitted: whether it has a threshold, so that its decisions count.
         """
+        decisions = scored.column("label") if is_fitted else None
+        own = self.measure(scored.column("probability"), decisions, scored.nll_sums())
 
-        def column(key):
-            return np.array([prediction[key] for prediction in scored.predictions])
-
-        # the run's own score
-        decisions = column("label") if has_threshold else None
-        sums = scored.sums[:, [0, 2]] if scored.sums.any() else None
-        own = self.measure(column("probability"), decisions, sums)
-
-        # its texts
         explained = self.rows[: self.args.explain]
         texts = text_metrics(
             explained,
@@ -321,22 +356,25 @@ class Comparison:
 
         own["calibrated"] = (run.fitted.temperature, run.fitted.bias) != (1.0, 0.0)
         own["run"] = run.name
-        own["prompts_cut"] = int((column("tokens_cut") > 0).sum())
+        own["prompts_cut"] = int((scored.column("tokens_cut") > 0).sum())
         own["seconds"] = scored.seconds
+        return own
 
-        # and the other two
-        has_head = run.fitted.scorer == "head"
-        own_name = "head" if has_head else "label token"
-        scorers = {own_name: own}
-        if has_threshold:
-            scorers["raw"] = self.measure(column("raw_probability"))
-        if has_head:
-            scorers["label token"] = self.measure(column("label_token_probability"))
-        return scorers
+    def measure_others(self, run, scored, is_fitted):
+        """{scorer: metrics} of the own score before calibration, and of the label words next to it.
+
+        Each only where it is not the own score itself.
+        """
+        others = {}
+        if is_fitted:
+            others["raw"] = self.measure(scored.column("raw_probability"))
+        if run.fitted.scorer == "head":
+            others["label token"] = self.measure(scored.column("label_token_probability"))
+        return others
 
 
 def describe(rows):
-    """What eval.json says about the rows themselves."""
+    """What eval.json says about the rows themselves, as a dict."""
     labels = [row["label"] for row in rows]
     groups = [row.get("group") for row in rows]
     simulated = [row for row in rows if "probability" in row]
@@ -355,11 +393,11 @@ def describe(rows):
 
 # --- printing -------------------------------------------------------------------------------------
 def print_report(report, args):
-    """The rows, a warning if there are too few groups, the tables, and where all of it is."""
-    print(f"\n{args.data}: {report['n']} rows, {report['positives']} positive, {report['groups']} "
-          f"groups; [95 % interval, groups resampled {args.draws} times]")  # fmt: skip
+    """Prints the number of rows, a warning if there are too few groups, and the tables."""
+    print(f"\n{args.data}: {report['n']} rows, {report['positives']} positive, "
+          f"{report['groups']} groups; [95 % interval, groups resampled {args.draws} times]")
     if report["bayes_auroc"]:
-        print(f"the true p that the rows give has AUROC {report['bayes_auroc']:.3f}: the ceiling")
+        print(f"the true p of the rows has AUROC {report['bayes_auroc']:.3f}: the ceiling")
     if report["groups"] < 20:
         print("warning: under 20 groups the intervals are too narrow")
     print_tables(report["metrics"])
@@ -367,7 +405,7 @@ def print_report(report, args):
 
 
 def print_tables(columns):
-    """The tables of {scorer: metrics}, each with the scorers that have any of its columns."""
+    """Prints the tables of {scorer: metrics}, each with the scorers that have one of its keys."""
     tables = {title: keys.split() for title, keys in TABLES.items()}
     tables["other metrics"] = other_metrics(columns)
     for title, keys in tables.items():
@@ -380,7 +418,7 @@ def print_tables(columns):
 
 
 def other_metrics(columns):
-    """The names of metrics that are in no table: a new metric is printed without a line here."""
+    """The names of metrics that are in no table, so that a new metric is printed, too."""
     known = {"seconds"}
     for keys in TABLES.values():
         known.update(keys.split())

@@ -2,8 +2,8 @@
 
 In reading order: checks; ranking (AUROC); decisions at a threshold (F1); errors of p (log loss);
 calibration (ECE, CORP, slope); agreement (kappa); confidence intervals; the text; and at the end
-the two functions that put everything into one dict, `score_metrics` and `text_metrics`. Each
-function gives its definition and its source. numpy is all that it needs.
+the two functions that collect all metrics in one dict, `score_metrics` and `text_metrics`. Each
+function gives its definition and its source. Only numpy is needed.
 
 A new metric is one function, and one line in a table of `score_metrics` or `text_metrics`.
 
@@ -21,7 +21,7 @@ import numpy as np
 def checked(y, p, need=()):
     """Returns y and p as float64 arrays, or says in a ValueError what is wrong with them.
 
-    `need` names the classes that the metric cannot do without.
+    need: the classes without which the metric is undefined.
     """
     y = np.asarray(y, dtype=np.float64)
     p = np.asarray(p, dtype=np.float64)
@@ -30,7 +30,7 @@ def checked(y, p, need=()):
             f"expected two lists of one length, not empty; found {y.shape} and {p.shape}"
         )
 
-    # NaN is no label, and fails both comparisons
+    # NaN is not a label, and both comparisons with it are false
     labels_fit = np.isin(y, (0, 1)).all()
     values_fit = p.min() >= 0 and p.max() <= 1
     if not (labels_fit and values_fit):
@@ -46,7 +46,7 @@ def checked(y, p, need=()):
 
 
 def none_if_undefined(metric, *arrays):
-    """metric(*arrays), or None where that is undefined: n/a in a table, null in JSON."""
+    """metric(*arrays), or None where the metric is undefined: n/a in a table, null in JSON."""
     try:
         return metric(*arrays)
     except ValueError:
@@ -62,10 +62,10 @@ def mean_or_none(values):
 
 # --- ranking --------------------------------------------------------------------------------------
 def counts_by_value(y, p):
-    """Counts the rows and the positive rows at each value of p, so that ties are treated alike.
+    """Counts the rows and the positive rows at each value of p: tied rows have no order.
 
-    Returns three arrays (U,): the U different values of p, ascending; how many rows have each; how
-    many of these are positive.
+    Returns three arrays (U,): the U different values of p, ascending; the number of rows that have
+    each value; and how many of these are positive.
     """
     values, value_of_row, rows = np.unique(p, return_inverse=True, return_counts=True)
     positives = np.bincount(value_of_row, weights=y)
@@ -95,8 +95,8 @@ def average_precision(y, p):
 
         AP = sum over thresholds t of precision(t) (recall(t) - recall(before t))
 
-    There is no interpolation between thresholds. A random ranking has the share of positives.
-    ValueError if there is no positive.
+    There is no interpolation between thresholds. A random ranking has an AP of about the share of
+    positives. ValueError if there is no positive.
     """
     y, p = checked(y, p, need=(1,))
     _, rows, positives = counts_by_value(y, p)
@@ -121,7 +121,7 @@ def f1_score(y, yhat):
 
     ValueError if there is no positive among labels and decisions.
     """
-    checked(yhat, y)  # refuses a decision that is not 0 or 1
+    checked(yhat, y)  # decisions must be 0 or 1, as labels must
     y, yhat = checked(y, yhat)
     if not (y.any() or yhat.any()):
         raise ValueError("no positive among labels or decisions: F1 is undefined")
@@ -133,8 +133,8 @@ def f1_score(y, yhat):
 def best_f1_threshold(y, p):
     """The highest threshold t whose decisions, 1 where p >= t, have the best F1.
 
-    t lies halfway between the lowest p that is decided as 1 and the next lower p. Thus a decision
-    does not change when p is rounded differently in another batch (by 1e-5).
+    t lies halfway between the lowest p that is decided as 1 and the next lower p, so that a
+    decision does not change if p is rounded differently in another batch (by about 1e-5).
     ValueError if there is no positive.
     """
     y, p = checked(y, p, need=(1,))
@@ -159,10 +159,11 @@ def best_f1_threshold(y, p):
 def risk_coverage(correct, confidence):
     """How accuracy rises if the rows of lowest confidence are left undecided.
 
-    correct (N,) is 1 where the decision is right; confidence (N,) is in [0, 1]. Returns (coverage,
-    accuracy, best): at every cut of the confidence, ties together, the share of rows that is
-    decided and the accuracy among them; and the largest share that still has accuracy .95, 0 if
-    none has. The curve is that of selective classification (El-Yaniv and Wiener 2010).
+    correct (N,) is 1 where the decision is right; confidence (N,) is in [0, 1]. Returns
+    (coverage, accuracy, largest). coverage and accuracy (U,) have an entry for each different value
+    of the confidence, from the highest down: the share of rows with at least this confidence, and
+    the accuracy among them. largest is the largest share with an accuracy of .95 or more, 0 if
+    there is none. The curve is that of selective classification (El-Yaniv and Wiener 2010).
     """
     correct, confidence = checked(correct, confidence)
     _, rows, right = counts_by_value(correct, confidence)
@@ -184,8 +185,8 @@ def brier(y, p):
 def log_loss(y, p):
     """The mean of -log(probability of the true class), in nats: what the score head is trained on.
 
-    p = .5 everywhere has .693. A row that is certain and wrong costs 36, not infinity: p is
-    clipped by the float64 epsilon, as in scikit-learn.
+    p = .5 everywhere has .693. A row with p = 1 and label 0 costs 36, not infinity: p is clipped by
+    the float64 epsilon, as in scikit-learn.
     """
     y, p = checked(y, p)
     tiny = np.finfo(np.float64).eps
@@ -196,9 +197,9 @@ def log_loss(y, p):
 
 # --- calibration ----------------------------------------------------------------------------------
 def equal_mass_bins(p, bins):
-    """(N,) the bin of each row when the rows, ranked by p, are divided into equal shares.
+    """(N,) the bin of each row, where each bin gets an equal share of the rows, ranked by p.
 
-    Tied rows stay together: they go where the middle of their ranks lies.
+    Tied rows stay together, in the bin that holds the middle of their ranks.
     """
     if bins < 1:
         raise ValueError(f"bins is {bins}, expected at least 1")
@@ -213,8 +214,8 @@ def ece(y, p, bins=15):
 
         ECE = sum over bins of (rows in the bin / N) |mean p - share of positives|
 
-    From Naeini et al. (2015), with bins of equal mass (Nixon et al. 2019). A perfect p does not
-    have 0 on a finite number of rows: read it next to `ece_floor`.
+    From Naeini et al. (2015), with bins of equal mass (Nixon et al. 2019). On a finite number of
+    rows, the ECE of a perfect p is not 0: read it next to `ece_floor`.
     """
     y, p = checked(y, p)
     bin_of_row = equal_mass_bins(p, bins)
@@ -232,7 +233,7 @@ def ece_floor(p, bins=15, draws=1000, seed=0):
     bin_of_row = equal_mass_bins(p, bins)
     expected = np.bincount(bin_of_row, weights=p)  # positives in each bin
 
-    # A seed of another kind than default_rng(seed), which may have simulated the rows themselves
+    # Not default_rng(seed): rows that were simulated with that would meet the same draws again
     rng = np.random.default_rng([seed, len(p)])
     gaps = np.zeros((draws, len(expected)))
     for draw in range(draws):
@@ -245,10 +246,10 @@ def ece_floor(p, bins=15, draws=1000, seed=0):
 
 
 def isotonic(y, p):
-    """(N,) the best fit to y, in squared error, that never falls as p rises.
+    """(N,) the fit to y of least squared error that never falls as p rises.
 
-    Pool adjacent violators (Ayer et al. 1955): values of p that are neighbours are pooled into
-    blocks until the share of positives rises from block to block; that share is the fit.
+    Pool adjacent violators (Ayer et al. 1955): neighbouring values of p are pooled into blocks
+    until the share of positives rises from block to block. That share is the fit.
     """
     y, p = checked(y, p)
     _, value_of_row, rows = np.unique(p, return_inverse=True, return_counts=True)
@@ -259,7 +260,7 @@ def isotonic(y, p):
         block_values = 1
         while blocks:
             before_positives, before_rows, before_values = blocks[-1]
-            # Is the share before lower? In whole numbers, so that the comparison is exact
+            # Stop if the share before is lower; in whole numbers, the comparison is exact
             if before_positives * block_rows < block_positives * before_rows:
                 break
             block_positives += before_positives
@@ -281,7 +282,7 @@ def corp(y, p):
         discrimination = Brier(share of positives) - Brier(isotonic p)
         uncertainty    = Brier(share of positives)
 
-    The CORP decomposition (Dimitriadis, Gneiting and Jordan 2021) has no bins to choose.
+    The CORP decomposition (Dimitriadis, Gneiting and Jordan 2021) needs no choice of bins.
     """
     y, p = checked(y, p)
     share = np.full(len(y), y.mean())
@@ -305,9 +306,9 @@ def calibration_slope(y, p):
 
         P(y = 1) = sigmoid(slope logit(p) + intercept)
 
-    (1, 0) is ideal; a slope below 1 means that p is overconfident. p is clipped to [1e-7, 1 - 1e-7]
-    first. ValueError if a class is missing, or if one cut of p separates the classes (a constant p
-    does, too): then there is no finite fit, or more than one.
+    (1, 0) is ideal; a slope below 1 means that p is overconfident. p is first clipped to
+    [1e-7, 1 - 1e-7]. ValueError if a class is missing, or if one cut of p separates the classes or
+    p is constant: then there is no finite fit, or more than one.
     """
     y, p = checked(y, p, need=(0, 1))
     p = np.clip(p, 1e-7, 1 - 1e-7)
@@ -315,9 +316,9 @@ def calibration_slope(y, p):
     negative = x[y == 0]
     positive = x[y == 1]
     if negative.max() <= positive.min() or positive.max() <= negative.min():
-        raise ValueError("one cut of p parts the classes: no finite calibration slope")
+        raise ValueError("one cut of p separates the classes: no finite calibration slope")
 
-    # Newton's method; about ten steps, more if the classes are almost separate
+    # Newton's method takes about ten steps, and more if the classes are almost separate
     design = np.stack([x, np.ones_like(x)], axis=1)  # (N, 2)
     weights = np.zeros(2)  # slope and intercept
     for _ in range(1000):
@@ -339,8 +340,8 @@ def calibration_slope(y, p):
 def calibrate(y, z):
     """(temperature, bias, sentence): the best p = sigmoid(z / temperature + bias) by log loss.
 
-    z (N,) are raw logits of validation rows, y their labels (Platt 1999). (1, 0) where nothing can
-    be fitted; the sentence, for the user, gives the result or the reason.
+    z (N,) are raw logits of validation rows, and y (N,) their labels (Platt 1999). The sentence
+    tells the user the result, or why nothing could be fitted: then temperature and bias are (1, 0).
     """
     try:
         if len(y) < 30:
@@ -361,7 +362,7 @@ def cohen_kappa(a, b):
 
         kappa = (agreement - chance) / (1 - chance),  chance = sum over labels of P(a) P(b)
 
-    a, b (N,) are numbers; there may be more than two labels. ValueError if there is only one.
+    a, b (N,) are numbers, and may hold more than two labels. ValueError if they hold only one.
     """
     a = np.asarray(a, dtype=np.float64)
     b = np.asarray(b, dtype=np.float64)
@@ -371,7 +372,7 @@ def cohen_kappa(a, b):
 
     labels = np.union1d(a, b)[:, None]  # (labels, 1)
     if len(labels) == 1:
-        raise ValueError("both lists hold one label only: kappa is undefined")
+        raise ValueError("both lists hold the same single label: kappa is undefined")
 
     share_in_a = (a == labels).mean(axis=1)
     share_in_b = (b == labels).mean(axis=1)
@@ -381,7 +382,7 @@ def cohen_kappa(a, b):
 
 
 def best_kappa_threshold(stated, p):
-    """The threshold t, of 201 quantiles of p, at which p >= t agrees best with the stated labels.
+    """The threshold t, among 201 quantiles of p, where p >= t agrees best with the stated labels.
 
     ValueError if one of the labels is never stated.
     """
@@ -395,9 +396,9 @@ def matched_kappa(stated, p, groups=None, seed=0):
     """(cross-fitted, oracle) kappa of the stated labels and p >= t, with the best-matching t.
 
     Kappa at t = .5 mostly measures whether text and p are calibrated alike; this does not.
-    Cross-fitted: a random half of the groups is decided with the t of the other half, and the other
-    way round. Oracle: all rows choose their own t, which flatters. stated, p (N,); groups as in
-    `group_numbers`. ValueError if one of the labels is never stated, in either half.
+    Cross-fitted: each random half of the groups is decided with the t that is best on the other
+    half. Oracle: t is chosen on the rows that it decides, so this value is too high. stated and p
+    are (N,); groups as in `group_numbers`. ValueError if a half lacks one of the labels.
     """
     stated, p = checked(stated, p, need=(0, 1))
     number = group_numbers(groups, len(p))
@@ -418,7 +419,7 @@ def matched_kappa(stated, p, groups=None, seed=0):
 def group_numbers(groups, n):
     """(n,) a number for the group of each row; a row without a group (None) is its own group.
 
-    groups: a list of n strings, numbers or None; None instead of a list: no row has a group.
+    groups: a list of n strings, numbers or None. None instead of a list: no row has a group.
     """
     if groups is None:
         groups = [None] * n
@@ -437,9 +438,9 @@ def group_numbers(groups, n):
 def bootstrap(metrics, y, groups, draws, seed):
     """95 % percentile intervals of several metrics, all from the same resamples of whole groups.
 
-    metrics {name: (metric, values)} with metric(y, values) -> float and values (N, ...). Returns
-    ({name: (low, high)}, redrawn): a resample on which a metric is undefined, such as AUROC on one
-    class, is drawn again, and these are counted. From Efron (1979); for clusters, Field and Welsh
+    metrics is {name: (metric, values)} with metric(y, values) -> float and values (N, ...). Returns
+    ({name: (low, high)}, redrawn). A resample on which a metric is undefined, such as AUROC on one
+    class, is drawn again; redrawn counts these. From Efron (1979); for clusters, Field and Welsh
     (2007). ValueError if a metric is undefined on the rows themselves.
     """
     if draws < 1:
@@ -448,7 +449,7 @@ def bootstrap(metrics, y, groups, draws, seed):
     number = group_numbers(groups, len(y))
     measures = [(metric, np.asarray(values)) for metric, values in metrics.values()]
     for metric, values in measures:
-        metric(y, values)  # undefined on the rows themselves, it would be redrawn for ever
+        metric(y, values)  # raises if undefined: the loop below would never end
 
     # The rows of group g are by_group[end[g] - size[g] : end[g]]
     by_group = np.argsort(number, kind="stable")
@@ -461,7 +462,7 @@ def bootstrap(metrics, y, groups, draws, seed):
     while len(results) < draws:
         picked = rng.integers(len(size), size=len(size))
 
-        # All rows of the picked groups: their ranges of `by_group` one after the other, no loop
+        # All rows of the picked groups: their ranges of `by_group` one after the other
         picked_size = size[picked]
         shift = end[picked] - np.cumsum(picked_size)
         places = np.repeat(shift, picked_size) + np.arange(picked_size.sum())
@@ -486,8 +487,8 @@ def bootstrap_ci(metric, y, p, groups=None, draws=1000, seed=0):
 def difference(metric, values, others):
     """An entry for `bootstrap`: metric(y, values) - metric(y, others), on the same resamples.
 
-    values and others have one shape, (N, ...). Row for row they are stacked to pairs (N, 2, ...),
-    so that a resample draws both together.
+    values and others have the same shape, (N, ...). They are stacked to pairs (N, 2, ...), so that
+    a resample draws both values of a row together.
     """
 
     def of_pairs(y, pairs):
@@ -497,7 +498,8 @@ def difference(metric, values, others):
 
 
 # --- the text -------------------------------------------------------------------------------------
-WORD = re.compile(r"\w+|[^\w\s]")  # or a punctuation mark, so that collapsed text (")))") has some
+# A word or one punctuation mark: collapsed text such as ")))" has words, too
+WORD = re.compile(r"\w+|[^\w\s]")
 
 
 def ngrams(text, n):
@@ -511,8 +513,8 @@ def repetition(texts):
     """(distinct-2, rep-4): how much texts repeat each other, and how much a text repeats itself.
 
     Distinct-2 (Li et al. 2016) is the share of different 2-grams among those of all texts; it falls
-    with the amount of text. Rep-4 (Welleck et al. 2020) is 1 - the share of different 4-grams in
-    one text, as a mean over the texts that have any. None where no text is long enough.
+    with the amount of text. Rep-4 (Welleck et al. 2020) is 1 minus the share of different 4-grams
+    in one text, as a mean over the texts that have any. None where no text is long enough.
     """
     pairs = []  # of all texts together
     repeated = []  # of each text by itself
@@ -529,7 +531,7 @@ def repetition(texts):
 
 
 def syllables(word):
-    """The syllables of an English word: its groups of vowels, a silent e at the end left out."""
+    """The number of syllables of an English word: its groups of vowels, without a silent last e."""
     spoken = re.sub("(?<=[^l])e$", "", word)
     return max(1, len(re.findall("[aeiouy]+", spoken)))
 
@@ -539,8 +541,8 @@ def flesch(text):
 
         206.835 - 1.015 words per sentence - 84.6 syllables per word
 
-    None for fewer than two sentences, and for collapsed text (rep-4 of .25 or more), which may
-    well get a good mark.
+    None for fewer than two sentences, and for collapsed text (rep-4 of .25 or more), which could
+    score well.
     """
     pieces = re.split(r"[.!?]+(?:\s|$)", text)
     sentences = [piece for piece in pieces if re.search(r"\w", piece)]
@@ -556,12 +558,12 @@ def flesch(text):
 
 
 def spelled(text):
-    """The words of a text between single blanks: a phrase in it is then found as whole words."""
+    """The words of a text between single blanks, so that `in` finds only whole words of it."""
     return " ".join(["", *WORD.findall(text.lower()), ""])
 
 
 def evidence_phrases(row):
-    """The set of a row's evidence phrases, `spelled`, blank ones left out."""
+    """The set of a row's evidence phrases, `spelled`, without blank ones."""
     phrases = row.get("evidence") or []
     return {spelled(phrase) for phrase in phrases} - {" "}
 
@@ -569,10 +571,10 @@ def evidence_phrases(row):
 def evidence_scores(rows, texts, file_rows):
     """(recall, precision, invented) of the evidence phrases that explanations cite, as whole words.
 
-    Recall: the share of a row's own phrases that its explanation cites. The phrases of all rows of
-    the file may be cited; of those that are, precision is the share that are the row's own, and
-    invented the share that the row's text does not have at all. Means over the rows that have the
-    field `evidence`; None where there is no such row.
+    Recall is the share of a row's own phrases that its explanation cites. An explanation may also
+    cite phrases of other rows of the file. Of all the phrases that it cites, precision is the share
+    of the row's own, and invented is the share that the row's text does not contain. Each is a mean
+    over the rows with the field `evidence` where it is defined; None if there are none.
 
     rows: the N rows that were explained; texts: their N explanations; file_rows: all rows.
     """
@@ -597,10 +599,11 @@ def evidence_scores(rows, texts, file_rows):
 
 
 def per_token(y, sums):
-    """The mean over all tokens, from sums over each row's tokens; y is there for `bootstrap`.
+    """The mean over all tokens, from the sums over each row's tokens. y is not used.
 
-    sums (N, 2): of each row, the sum over its answer tokens and their number. ValueError where
-    there is no token, or where a sum is NaN.
+    sums (N, 2): for each row, the sum over its answer tokens, and their number. y is there because
+    `bootstrap` calls every metric with labels and values. ValueError if there is no token, or if a
+    sum is NaN.
     """
     total, tokens = sums.sum(axis=0)
     if not tokens or np.isnan(total):
@@ -609,10 +612,11 @@ def per_token(y, sums):
 
 
 def collapse(predictions, sums):
-    """Is it still a language model? From the texts that it wrote, and the reference explanations.
+    """Metrics of whether a run is still a language model, as a dict.
 
-    predictions: N records of a run; sums (N, 3): its reference_sums, which are the sums of -log
-    p(token) and of KL(run || base model) over a row's reference explanation, and its tokens.
+    predictions: its N records, with the texts that it wrote. sums (N, 3): its reference_sums, which
+    for each row are the sum of -log p(token) over the reference explanation, the sum of
+    KL(run || base model), and the number of tokens.
     """
     texts = [prediction["explanation"] for prediction in predictions]
     distinct_2, rep_4 = repetition(texts)
@@ -627,8 +631,8 @@ def collapse(predictions, sums):
 
 
 # --- everything together --------------------------------------------------------------------------
-def score_metrics(y, p, decisions=None, groups=None, draws=1000, seed=0, true_p=None, sums=None,
-                  first=None):  # fmt: skip
+def score_metrics(y, p, decisions=None, *, groups=None, draws=1000, seed=0, true_p=None, sums=None,
+                  first=None):
     """All metrics of one probability, as a dict; the 95 % intervals are in its `intervals`.
 
     decisions (N,): those at the threshold of the validation rows. true_p (N,): the probability that
@@ -639,8 +643,8 @@ def score_metrics(y, p, decisions=None, groups=None, draws=1000, seed=0, true_p=
     y, p = checked(y, p, need=(0, 1))
     at_half = (p >= 0.5).astype(np.float64)
 
-    # With an interval: a function of labels and values, and the values. A NEW METRIC goes here, one
-    # line; eval.py prints those that none of its tables names in a table of their own
+    # With an interval: a function of labels and values, and the values. A NEW METRIC goes here, in
+    # one line; eval.py prints it in a table of other metrics if TABLES does not name it
     resampled = {
         "auroc": (auroc, p),
         "average_precision": (average_precision, p),
@@ -650,16 +654,17 @@ def score_metrics(y, p, decisions=None, groups=None, draws=1000, seed=0, true_p=
         "log_loss": (log_loss, p),
         "reference_nll": (per_token, sums),
     }
-    if decisions is None:  # p was not calibrated, so there is no threshold for it
+    if decisions is None:  # p has no threshold
         del resampled["f1"]
-    if sums is None:  # of the run's own score only
+    if sums is None:  # there is no reference text, or this is not the run's own score
         del resampled["reference_nll"]
 
     # ... and how far each is from the first scorer's, on the same resamples
-    for name, others in (first or {}).items():
-        if name in resampled and others is not None:
-            metric, values = resampled[name]
-            resampled[name + "_difference"] = difference(metric, values, others)
+    if first is not None:
+        for name, others in first.items():
+            if name in resampled and others is not None:
+                metric, values = resampled[name]
+                resampled[name + "_difference"] = difference(metric, values, others)
 
     result = {}
     for name, (metric, values) in resampled.items():
@@ -668,9 +673,15 @@ def score_metrics(y, p, decisions=None, groups=None, draws=1000, seed=0, true_p=
 
     # Without an interval
     miscalibration, discrimination, uncertainty = corp(y, p)
-    slope, intercept = none_if_undefined(calibration_slope, y, p) or (None, None)
     floor, floor_q95 = ece_floor(p, 15, draws, seed)
-    coverage, accuracy_decided, coverage_at_95 = risk_coverage(y == at_half, 2 * np.abs(p - 0.5))
+    confidence = 2 * np.abs(p - 0.5)
+    coverage, accuracy_decided, coverage_at_95 = risk_coverage(y == at_half, confidence)
+
+    slope = None
+    intercept = None
+    fitted = none_if_undefined(calibration_slope, y, p)
+    if fitted is not None:
+        slope, intercept = fitted
 
     true_p_error = None
     if true_p is not None:
@@ -690,18 +701,18 @@ def score_metrics(y, p, decisions=None, groups=None, draws=1000, seed=0, true_p=
         "accuracy_at_80": float(accuracy_decided[coverage >= 0.8][0]),
         "coverage_at_95": coverage_at_95,
         "true_p_error": true_p_error,
-    })  # fmt: skip
+    })
     return result
 
 
-STATES_NO_LABEL = np.inf  # as a class of its own, above all others
+STATES_NO_LABEL = np.inf  # counts as a third label, next to 0 and 1
 
 
 def text_metrics(rows, predictions, sums, file_rows, seed=0):
-    """All metrics of the explanations, as a dict: of agreement with p, collapse and evidence.
+    """All metrics of the explanations, as a dict: agreement with p, collapse, and evidence.
 
-    rows, predictions: the N rows that were explained, and their records; sums (N, 3): their
-    reference_sums, see `collapse`; file_rows: all rows of the file, see `evidence_scores`. A value
+    rows, predictions: the N rows that were explained, and their records. sums (N, 3): their
+    reference_sums, see `collapse`. file_rows: all rows of the file, see `evidence_scores`. A value
     is None where there is nothing to measure.
     """
     texts = [prediction["explanation"] for prediction in predictions]
@@ -720,10 +731,13 @@ def text_metrics(rows, predictions, sums, file_rows, seed=0):
     p_states = p[states]
     stated_label = stated[states]
     groups = [rows[i].get("group") for i in np.flatnonzero(states)]
+    kappa_matched = None
+    kappa_oracle = None
     matched = none_if_undefined(matched_kappa, stated_label, p_states, groups, seed)
-    kappa_matched, kappa_oracle = matched or (None, None)
+    if matched is not None:
+        kappa_matched, kappa_oracle = matched
 
-    # Leave rows undecided: first those whose text disagrees with p, then those with p near .5
+    # If rows are left undecided: first those whose text disagrees with p, then those with p near .5
     confidence = (agrees + np.abs(p - 0.5)) / 2
     risk = none_if_undefined(risk_coverage, correct, confidence)
     agree_coverage_at_95 = None
@@ -733,7 +747,7 @@ def text_metrics(rows, predictions, sums, file_rows, seed=0):
     evidence_recall, evidence_precision, evidence_invented = evidence_scores(rows, texts, file_rows)
     marks = [mark for mark in map(flesch, texts) if mark is not None]
 
-    # A NEW METRIC of texts goes here, one line
+    # A NEW METRIC of texts goes here, in one line
     return {
         "n_explained": len(texts),
         "n_parsable": int(states.sum()),

@@ -2,11 +2,13 @@
 
     python benchmarks/comprehensiveness.py --run runs/x --data test.jsonl
 
-reads the explanations that eval.py wrote (into --results, by default runs/x/eval/test) and writes
+Reads the explanations that eval.py wrote (in --results, by default runs/x/eval/test) and writes
 comprehensiveness.json there. The words that an explanation cites are dropped from its text: by how
-much does p of the decided class fall (DeYoung et al. 2020, section 4)? And by how much without as
-many other words at random, in spans of the same lengths? The difference is no proof of a cause: a
-text with holes is unlike any that the model was trained on, and words hang together.
+much does p of the decided class fall (DeYoung et al. 2020, section 4)? And by how much does it fall
+if as many other words are dropped, at random, in spans of the same lengths?
+
+The difference does not prove a cause: a text with holes is unlike all texts that the model was
+trained on, and words depend on each other. Notation: M content words of a text.
 """
 
 import argparse
@@ -24,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import read_rows  # noqa: E402
 from metrics import bootstrap  # noqa: E402
 from plumbing.files import write_json  # noqa: E402
-from plumbing.script import run_main, versions  # noqa: E402
+from plumbing.script import refuse, run_main, versions  # noqa: E402
 from plumbing.tables import table  # noqa: E402
 from run import load_run  # noqa: E402
 
@@ -35,37 +37,88 @@ FUNCTION_WORDS = set(
     "this those to was were which who will with would".split())
 
 
+def main(argv=None):
+    args = parse(argv)
+    started = time.perf_counter()
+    results = args.results or args.run / "eval" / args.data.stem
+    out = results / "comprehensiveness.json"
+    if out.exists() and not args.overwrite:
+        raise ValueError(f"{out} exists; give --overwrite to replace it")
+
+    # the run, its explanations, and the rows that they are of
+    row_of_id = {row["id"]: row for row in read_rows(args.data)}
+    run = load_run(args.run, args.model, args.dtype, args.device)
+    records = read_explanations(results / "predictions.jsonl", run.name)
+    if not records or any(record["id"] not in row_of_id for record in records):
+        raise ValueError(f"{results}/predictions.jsonl has no explanation of {args.run}, or some "
+                         f"for rows that are not in {args.data}")
+    rows = [row_of_id[record["id"]] for record in records]
+
+    result = measure(run, rows, records, args)
+    names = [name for name in result if name != "intervals"]
+    print(table({str(args.run): result}, names))
+
+    arguments = {}
+    for name, value in vars(args).items():
+        arguments[name] = None if value is None else str(value)
+    result["seconds"] = time.perf_counter() - started
+    result["arguments"] = arguments
+    result["versions"] = versions()
+    write_json(out, result)
+    print(f"wrote {out}")
+
+
+# --- which words ----------------------------------------------------------------------------------
 def content_words(text):
     """[(start, end, word)] of the words that are not function words."""
-    return [(*match.span(), match.group().lower()) for match in re.finditer(r"\w+", text)
-            if match.group().lower() not in FUNCTION_WORDS]
+    words = []
+    for match in re.finditer(r"\w+", text):
+        word = match.group().lower()
+        if word not in FUNCTION_WORDS:
+            words.append((match.start(), match.end(), word))
+    return words
 
 
 def pairs(text):
     """{i: (word i, word i + 1)} of content words with no punctuation between them."""
-    return {i: (one[2], two[2]) for i, (one, two) in enumerate(pairwise(content_words(text)))
-            if not re.search("[.,;:!?()]", text[one[1] : two[0]])}
+    found = {}
+    for i, (one, two) in enumerate(pairwise(content_words(text))):
+        _, end, word = one
+        start, _, next_word = two
+        if not re.search("[.,;:!?()]", text[end:start]):
+            found[i] = (word, next_word)
+    return found
 
 
 def cited_words(text, explanation):
-    """(M,) which of the text's M content words are cited: pairs that both have."""
-    cited, said = np.zeros(len(content_words(text)), dtype=bool), set(pairs(explanation).values())
+    """(M,) True for the content words of a text that are cited: in a pair that both texts have."""
+    said = set(pairs(explanation).values())
+    cited = np.zeros(len(content_words(text)), dtype=bool)
     for i, pair in pairs(text).items():
-        cited[i : i + 2] |= pair in said
+        if pair in said:
+            cited[i : i + 2] = True
     return cited
 
 
 def spans(mask):
-    """[(first, end)] of the runs in a mask."""
-    edges = np.flatnonzero(np.diff(np.r_[0, mask, 0]))
+    """[(first, end)] of the runs of True in a mask (M,)."""
+    padded = np.concatenate([[0], mask, [0]])
+    edges = np.flatnonzero(np.diff(padded))
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def random_words(cited, rng):
-    """(M,) spans of the same lengths as the cited ones, at random elsewhere; None: no room."""
+    """(M,) True in spans of the same lengths as those of `cited`, at random outside of them.
+
+    None if there is no room.
+    """
+    lengths = [end - first for first, end in spans(cited)]
+    lengths.sort(reverse=True)  # a long span finds no room once short ones lie everywhere
+
     free = ~cited
-    for length in sorted((end - first for first, end in spans(cited)), reverse=True):
-        places = np.flatnonzero(np.convolve(free, np.ones(length), "valid") == length)
+    for length in lengths:
+        free_words = np.convolve(free, np.ones(length), "valid")  # in the span that begins here
+        places = np.flatnonzero(free_words == length)
         if not len(places):
             return None
         place = rng.choice(places)
@@ -74,40 +127,81 @@ def random_words(cited, rng):
 
 
 def without(text, mask):
-    """The text less the spans of its content words, with the function words inside a span."""
+    """The text without the spans of its content words, or the function words inside a span."""
     words = content_words(text)
     for first, end in reversed(spans(mask)):
-        text = text[: words[first][0]] + text[words[end - 1][1] :]
+        start_of_span = words[first][0]
+        end_of_span = words[end - 1][1]
+        text = text[:start_of_span] + text[end_of_span:]
     return re.sub("  +", " ", text)
 
 
+# --- measuring ------------------------------------------------------------------------------------
 def measure(run, rows, records, args):
-    """Falls of p, mean over the rows, with 95 % intervals by group, and the rows left out."""
-    rng, used, texts, uncited = np.random.default_rng(args.seed), [], [], 0
+    """The falls of p, as means over the rows with 95 % intervals by group; the rows left out."""
+    rng = np.random.default_rng(args.seed)
+    groups = []  # of each row that is used
+    before = []  # and its p
+    texts = []  # and its 1 + DRAWS texts: without what it cites, without other words
+    uncited = 0
     for row, record in zip(rows, records, strict=True):
         cited = cited_words(row["text"], record["explanation"])
-        masks = [cited] + [random_words(cited, rng) for _ in range(DRAWS)]
-        uncited += not cited.any()
-        if cited.any() and all(mask is not None for mask in masks):
-            used.append((row.get("group"), record["probability"]))
-            texts += [without(row["text"], mask) for mask in masks]
-    if not used:
+        masks = [cited]
+        for _ in range(DRAWS):
+            masks.append(random_words(cited, rng))
+
+        if not cited.any():
+            uncited += 1
+        elif all(mask is not None for mask in masks):
+            groups.append(row.get("group"))
+            before.append(record["probability"])
+            for mask in masks:
+                texts.append(without(row["text"], mask))
+    if not texts:
         raise ValueError(f"nothing to drop: {uncited} of {len(rows)} explanations cite nothing")
+
+    # by how much p of the decided class falls, (rows, 1 + DRAWS)
     found = run.predict(texts, explain=False, batch_size=args.batch, progress=True)
-    groups, before = zip(*used, strict=True)
-    left = np.array([record["probability"] for record in found]).reshape(-1, 1 + DRAWS)
+    after = np.array([record["probability"] for record in found])
+    after = after.reshape(-1, 1 + DRAWS)
     before = np.array(before)[:, None]
-    fall = np.where(before >= 0.5, before - left, left - before)  # of p of the decided class
-    cited, others = fall[:, 0], fall[:, 1:].mean(axis=1)
-    metrics = {name: (lambda _, values: float(values.mean()), values) for name, values in (
-        ("comprehensiveness", cited), ("random_fall", others), ("difference", cited - others))}
-    intervals, _ = bootstrap(metrics, before, groups, args.draws, args.seed)
-    result = {name: metric(None, values) for name, (metric, values) in metrics.items()}
-    return result | {"intervals": intervals, "rows": len(used), "rows_uncited": uncited,
-                     "rows_no_room": len(rows) - len(used) - uncited}
+    fall = np.where(before >= 0.5, before - after, after - before)
+
+    cited_fall = fall[:, 0]
+    random_fall = fall[:, 1:].mean(axis=1)
+    values = {
+        "comprehensiveness": cited_fall,
+        "random_fall": random_fall,
+        "difference": cited_fall - random_fall,
+    }
+    result = {name: float(falls.mean()) for name, falls in values.items()}
+
+    metrics = {name: (mean, falls) for name, falls in values.items()}
+    result["intervals"], _ = bootstrap(metrics, before, groups, args.draws, args.seed)
+    result["rows"] = len(groups)
+    result["rows_uncited"] = uncited
+    result["rows_no_room"] = len(rows) - len(groups) - uncited
+    return result
 
 
-def main(argv=None):
+def mean(y, values):
+    """A metric for `bootstrap`, which has no need of labels."""
+    return float(values.mean())
+
+
+# --- the command ----------------------------------------------------------------------------------
+def read_explanations(path, run_name):
+    """The records of a predictions.jsonl that are of this run and have an explanation."""
+    records = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            record = json.loads(line)
+            if record["run"] == run_name and record["explanation"]:
+                records.append(record)
+    return records
+
+
+def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--run", required=True, type=Path, help="run folder")
@@ -115,32 +209,20 @@ def main(argv=None):
     add("--results", type=Path, help="folder with predictions.jsonl (default: RUN/eval/DATA)")
     add("--overwrite", action="store_true", help="replace comprehensiveness.json")
     add("--model", help="the base model's folder, if it has moved")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="of the base model")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="default: the run's")
     add("--device", help="such as cpu or cuda")
     add("--batch", type=int, default=16, help="rows at a time")
     add("--draws", type=int, default=1000, help="resamples for the intervals")
     add("--seed", type=int, default=0, help="of the random words and the resamples")
-    args, start = parser.parse_args(argv), time.perf_counter()
-    if min(args.batch, args.draws) < 1:
-        raise ValueError("--batch and --draws must be at least 1")
-    results = args.results or args.run / "eval" / args.data.stem
-    out = results / "comprehensiveness.json"
-    if out.exists() and not args.overwrite:
-        raise ValueError(f"{out} exists; give --overwrite to replace it")
-    rows = {row["id"]: row for row in read_rows(args.data)}
-    with open(results / "predictions.jsonl", encoding="utf-8") as file:
-        records = [json.loads(line) for line in file]
-    run = load_run(args.run, args.model, args.dtype, args.device)
-    records = [one for one in records if one["run"] == run.name and one["explanation"]]
-    if not records or not all(record["id"] in rows for record in records):
-        raise ValueError(f"{results}/predictions.jsonl has no explanation of {args.run}, or some "
-                         f"for rows that are not in {args.data}")
-    result = measure(run, [rows[record["id"]] for record in records], records, args)
-    print(table({str(args.run): result}, [key for key in result if key != "intervals"]))
-    arguments = {key: None if value is None else str(value) for key, value in vars(args).items()}
-    write_json(out, result | {"seconds": time.perf_counter() - start, "arguments": arguments,
-                              "versions": versions()})
-    print(f"wrote {out}")
+    args = parser.parse_args(argv)
+
+    problems = []
+    for name in ("batch", "draws"):
+        value = getattr(args, name)
+        if value < 1:
+            problems.append(f"--{name} is {value}, expected 1 or more")
+    refuse(problems)
+    return args
 
 
 if __name__ == "__main__":

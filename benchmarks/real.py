@@ -1,12 +1,12 @@
-"""Real results: every scorer on one data set, trained, evaluated and put into one JSON file.
+"""Real results: all systems on one data set, trained, evaluated and put into one JSON file.
 
     python benchmarks/real.py discharge                   # into runs/real, then results/*.json
     python benchmarks/real.py esnli --folder data/esnli   # its train.jsonl; valid.jsonl as the test
     python benchmarks/real.py discharge --sweep 0.1 1 3   # LM weights, on the validation rows only
 
-Scorers: majority, bag of words, the base model zero-shot, LM-only, cls-only and CLSGen, on the same
-rows, all calibrated on the same validation rows. What is there already is not done again, and a
-stopped training goes on. To be run from the folder of train.py; needs scikit-learn.
+The systems: majority, bag of words, the base model zero-shot, LM-only, cls-only and CLSGen, on the
+same rows, all calibrated on the same validation rows. What is done already is not done again, and a
+stopped training continues. Run it from the folder of train.py. Needs scikit-learn.
 """
 
 import argparse
@@ -32,149 +32,327 @@ from plumbing.files import read_json, write_atomically, write_json  # noqa: E402
 from plumbing.script import run_main  # noqa: E402
 from tfidf import NGRAMS, bag_of_words  # noqa: E402
 
-# `rows` to train on at most; `held` back from the training file for calibration, as a share
+# rows: train on this many at most; held: this share of the training file is for calibration
 DATA = {
-    "discharge": {"question": "Will the patient die within 30 days?",
-                  "flags": "--epochs 3 --max-answer 64"},
-    "esnli": {"question": "Does the premise entail the hypothesis?", "rows": 1500, "held": 0.05,
-              "flags": "--epochs 2 --max-answer 80"},
-    "pubmedqa": {"question": "Is the answer to the question yes?", "held": 0.2,
-                 "flags": "--epochs 3 --max-answer 160"},
-    "clinifact": {"question": "Does the abstract report a positive result for the claim?",
-                  "held": 0.15, "flags": "--epochs 1 --max-answer 160"},
+    "discharge": {
+        "question": "Will the patient die within 30 days?",
+        "flags": "--epochs 3 --max-answer 64",
+    },
+    "esnli": {
+        "question": "Does the premise entail the hypothesis?",
+        "rows": 1500,
+        "held": 0.05,
+        "flags": "--epochs 2 --max-answer 80",
+    },
+    "pubmedqa": {
+        "question": "Is the answer to the question yes?",
+        "held": 0.2,
+        "flags": "--epochs 3 --max-answer 160",
+    },
+    "clinifact": {
+        "question": "Does the abstract report a positive result for the claim?",
+        "held": 0.15,
+        "flags": "--epochs 1 --max-answer 160",
+    },
 }
+SPLITS = ("train", "valid", "test")
+
+
+def main(argv=None):
+    args = parse(argv)
+    args.work.mkdir(parents=True, exist_ok=True)
+    paths = prepare(args.name, args.folder, args.work)
+
+    # A run is named by its LM weight, or "cls" (weight 0) or "lm" (no classification loss)
+    runs = [args.weight, "cls", "lm"]
+    if args.sweep:
+        runs = ["cls", *args.sweep, "lm"]
+    costs = {}
+    for run in runs:
+        costs[run] = train(run, paths, args)
+    about = {
+        "costs": costs,
+        "cpus": os.cpu_count(),
+        "threads": threads_of(run_folder(runs[0], args)),
+        "processor": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
+    }
+
+    if args.sweep:
+        report_sweep(runs, about, args)
+    else:
+        report_test(runs, paths, about, args)
+
+
+def report_sweep(runs, about, args):
+    """What the runs have on the validation rows: to a JSON file, and as a table."""
+    found = {}
+    for run in runs:
+        found[run] = last_validation(run_folder(run, args))
+    write_json(args.out / f"real_{args.name}_sweep.json", {"validation": found, **about})
+
+    print("\n| LM weight | AUROC | log loss, raw | text NLL |\n|---|---|---|---|")
+    titles = {"cls": "0", "lm": "LM-only"}
+    for run, valid in found.items():
+        cells = [titles.get(run, run)]
+        for key in ("auroc", "bce", "lm"):
+            cells.append(number(valid.get(key)))
+        print("|", " | ".join(cells), "|")
+
+
+def report_test(runs, paths, about, args):
+    """What all systems have on the test rows: to a JSON file, and as tables."""
+    report, took = evaluate(runs, paths, args)
+    about["costs"]["eval"] = took
+    metrics = report["metrics"]
+    systems = {"majority": ("majority", None)}  # {title: (scorer in eval.json, run)}
+
+    # bags of words; of e-SNLI, also how far the hypothesis alone gets
+    rows = [read_rows(paths[split]) for split in ("train", "test", "valid")]
+    metrics.update(bag_of_words(*rows))
+    for name in NGRAMS:
+        systems[name] = (name, None)
+    if args.name == "esnli":
+        hypotheses = [[hypothesis(row) for row in part] for part in rows]
+        for name, found in bag_of_words(*hypotheses).items():
+            title = f"{name}, hypothesis only"
+            metrics[title] = found
+            systems[title] = (title, None)
+
+    # the models
+    systems["zero-shot"] = ("zero-shot label token", None)
+    systems["LM-only"] = (f"{run_folder('lm', args)} label token", "lm")
+    systems["cls-only"] = (f"{run_folder('cls', args)} head", "cls")
+    systems["CLSGen"] = (f"{run_folder(args.weight, args)} head", args.weight)
+
+    name = f"real_{args.name}"
+    if args.weight != "1":
+        name += f"_weight{args.weight}"
+    report.update(about)
+    write_json(args.out / f"{name}.json", report)
+    print_tables(metrics)
+    print_markdown(report, systems)
 
 
 # --- rows -----------------------------------------------------------------------------------------
+def prepare(name, folder, work):
+    """{split: path} of the rows that all systems see."""
+    if name == "discharge":
+        return {split: Path("examples/discharge") / f"{split}.jsonl" for split in SPLITS}
+    paths = {split: work / f"{name}-{split}.jsonl" for split in SPLITS}
+    if all(path.exists() for path in paths.values()):
+        return paths
+
+    if folder is None:
+        raise ValueError(f"{name}: --folder is missing, with its train.jsonl and valid.jsonl")
+    rows = read_rows(folder / "train.jsonl")
+    test = read_rows(folder / "valid.jsonl")
+    train, valid = split_valid(rows, DATA[name]["held"], seed=0)
+    if "rows" in DATA[name]:
+        order = np.random.default_rng(0).permutation(len(train))
+        train = [train[i] for i in order[: DATA[name]["rows"]]]
+
+    for path, part in zip(paths.values(), (train, valid, test), strict=True):
+        lines = []
+        for row in part:
+            if name == "clinifact":  # it has no explanations
+                row = {**row, "explanation": conclusion(row["text"])}
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        write_atomically(path, "".join(lines))
+    return paths
+
+
 def conclusion(text):
-    """What an abstract itself concludes, cut to 80 words: what follows its last "Conclusions:", up
-    to the next heading; where that is missing or longer, the last sentence."""
+    """What an abstract itself concludes, cut to 80 words.
+
+    It is what follows the last "Conclusions:", up to the next heading. If that is missing, or has
+    more than 80 words, it is the last sentence.
+    """
     text = re.split(r"\s(?:clinical )?trials? registration", text, flags=re.IGNORECASE)[0]
     parts = re.split(r"(?:CONCLUSIONS?|INTERPRETATION)[ /A-Z]*:", text, flags=re.IGNORECASE)
-    found = re.split(r"\n[A-Z ]{4,}:", parts[-1])[0].strip() if len(parts) > 1 else ""
+    found = ""
+    if len(parts) > 1:
+        found = re.split(r"\n[A-Z ]{4,}:", parts[-1])[0].strip()
     if not 0 < len(found.split()) <= 80:
-        found = re.split(r"(?<=[.!?])\s+(?=[A-Z])", text.strip())[-1]
+        sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z])", text.strip())
+        found = sentences[-1]
     return " ".join(found.split()[:80])
 
 
 def hypothesis(row):
     """A row of e-SNLI without its premise."""
-    return row | {"text": row["text"].split("\n")[-1]}
-
-
-def prepare(name, folder, work):
-    """{split: path} of the rows that all scorers see."""
-    names = ("train", "valid", "test")
-    if name == "discharge":
-        return {split: Path("examples/discharge") / f"{split}.jsonl" for split in names}
-    paths = {split: work / f"{name}-{split}.jsonl" for split in names}
-    if not all(path.exists() for path in paths.values()):
-        if folder is None:
-            raise ValueError(f"{name}: --folder is missing, with its train.jsonl and valid.jsonl")
-        rows, test = read_rows(folder / "train.jsonl"), read_rows(folder / "valid.jsonl")
-        train, valid = split_valid(rows, DATA[name]["held"], seed=0)
-        if "rows" in DATA[name]:
-            train = [train[i] for i in np.random.default_rng(0).permutation(len(train))]
-            train = train[: DATA[name]["rows"]]
-        if name == "clinifact":
-            train, valid, test = ([row | {"explanation": conclusion(row["text"])} for row in part]
-                                  for part in (train, valid, test))
-        for path, part in zip(paths.values(), (train, valid, test), strict=True):
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in part]
-            write_atomically(path, "".join(lines))
-    return paths
+    last_line = row["text"].split("\n")[-1]
+    return {**row, "text": last_line}
 
 
 # --- work -----------------------------------------------------------------------------------------
+def run_folder(run, args):
+    return args.work / f"{args.name}-{run}"
+
+
+def train(run, paths, args):
+    """Trains one run, or continues with it. Returns its cost."""
+    out = run_folder(run, args)
+    data = DATA[args.name]
+    flags = {"cls": "--lm-weight 0", "lm": "--cls-weight 0"}.get(run, f"--lm-weight {run}")
+    command = [
+        "train.py",
+        "--data", paths["train"],
+        "--valid", paths["valid"],
+        "--model", args.model,
+        "--question", data["question"],
+        *data["flags"].split(),
+        *flags.split(),
+        "--out", out,
+    ]
+    resume = None
+    if (out / "resume" / "state.safetensors").exists():
+        resume = ["train.py", "--resume", out]
+    return cost(args.work / f"{out.name}.cost.json", command, resume)
+
+
+def evaluate(runs, paths, args):
+    """(eval.json of the runs and the base model on the test rows, its cost)."""
+    out = args.work / "-".join([args.name, "test", *runs])
+    command = [
+        "eval.py",
+        "--data", paths["test"],
+        "--model", args.model,
+        "--valid", paths["valid"],
+        "--out", out,
+    ]
+    for run in runs:
+        command += ["--run", run_folder(run, args)]
+    took = cost(args.work / f"{out.name}.cost.json", command)
+    return read_json(out / "eval.json"), took
+
+
 def cost(path, command, resume=None):
-    """Runs one of our commands (`resume`: the same, going on) -> {"command", "seconds",
-    "peak_memory_gb"}, kept in `path`; what is there is not done again. Time adds up over the parts
-    of a stopped run, but for one that was killed together with this script."""
-    command = [str(word) for word in command]
-    before = read_json(path) if path.exists() else {"seconds": 0.0, "peak_memory_gb": 0.0}
-    if before.get("command", shlex.join(command)) != shlex.join(command):
+    """Runs a command of ours: {"command", "status", "seconds", "peak_memory_gb"}, kept in `path`.
+
+    What has ended well is not run again. resume: the command that continues it, if it was stopped.
+    The time adds up over the parts of a stopped run, except for a part that was killed together
+    with this script.
+    """
+    shown = shlex.join(map(str, command))
+    before = {"seconds": 0.0, "peak_memory_gb": 0.0}
+    if path.exists():
+        before = read_json(path)
+    if before.get("command", shown) != shown:
         print(f"warning: {path} is of another command:\n  {before['command']}")
     if before.get("status") == 0:
         return before
-    words = list(map(str, resume or command))
+
+    words = [str(word) for word in resume or command]
     print("\npython", shlex.join(words), flush=True)
-    start, process = time.perf_counter(), subprocess.Popen([sys.executable, *words])
+    started = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *words])
     try:
         _, status, usage = os.wait4(process.pid, 0)
-    except KeyboardInterrupt:  # the process has got it too, and saves
+    except KeyboardInterrupt:  # the process has got it, too, and saves
         _, status, usage = os.wait4(process.pid, 0)
-    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-    result = {"command": shlex.join(command), "status": status,
-              "seconds": before["seconds"] + time.perf_counter() - start,
-              "peak_memory_gb": max(before["peak_memory_gb"], peak)}
+
+    bytes_per_unit = 1 if sys.platform == "darwin" else 1024
+    peak = usage.ru_maxrss * bytes_per_unit / 1e9
+    result = {
+        "command": shown,
+        "status": status,
+        "seconds": before["seconds"] + time.perf_counter() - started,
+        "peak_memory_gb": max(before["peak_memory_gb"], peak),
+    }
     write_json(path, result)
     if status:
-        raise ValueError(f"exit code {os.waitstatus_to_exitcode(status)}: {result['command']}")
+        raise ValueError(f"exit code {os.waitstatus_to_exitcode(status)}: {shown}")
     return result
 
 
-def train(name, run, paths, args):
-    """Trains one run, or goes on with it -> its cost."""
-    out = args.work / f"{name}-{run}"
-    flags = {"cls": "--lm-weight 0", "lm": "--cls-weight 0"}.get(run, f"--lm-weight {run}")
-    command = ["train.py", "--data", paths["train"], "--valid", paths["valid"], "--model",
-               args.model, "--question", DATA[name]["question"], *DATA[name]["flags"].split(),
-               *flags.split(), "--out", out]
-    stopped = (out / "resume" / "state.safetensors").exists()
-    resume = ["train.py", "--resume", out] if stopped else None
-    return cost(args.work / f"{name}-{run}.cost.json", command, resume)
+def read_log(folder):
+    with open(folder / "log.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
-def evaluate(name, runs, paths, args):
-    """(eval.json of some runs and the base model on the test rows, its cost)"""
-    out = args.work / "-".join([name, "test", *runs])
-    command = ["eval.py", "--data", paths["test"], "--model", args.model, "--valid", paths["valid"],
-               "--out", out]
-    for run in runs:
-        command += ["--run", args.work / f"{name}-{run}"]
-    took = cost(out.with_name(f"{out.name}.cost.json"), command)
-    return read_json(out / "eval.json"), took
+def threads_of(folder):
+    """How many threads a run was trained with."""
+    first, *_ = read_log(folder)
+    return first["config"]["threads"]
 
 
 def last_validation(folder):
     """What train.py measured on all validation rows after its last step, nothing fitted."""
-    with open(folder / "log.jsonl", encoding="utf-8") as file:
-        *_, last = (line["valid"] for line in map(json.loads, file) if "valid" in line)
-    return last
+    validations = [line["valid"] for line in read_log(folder) if "valid" in line]
+    return validations[-1]
 
 
 # --- tables ---------------------------------------------------------------------------------------
+PROBABILITY = {  # heading: a metric, or several, of which those after the first stand in brackets
+    "AUROC": "auroc",
+    "AP": "average_precision",
+    "F1": "f1",
+    "log loss": "log_loss",
+    "Brier": "brier",
+    "ECE [of a perfect p: mean, 95 %]": "ece ece_floor ece_floor_q95",
+}
+TEXT = {
+    "alignment": "auroc_alignment",
+    "kappa": "kappa",
+    "states a label": "parsable",
+    "distinct-2": "distinct_2",
+    "rep-4": "rep_4",
+    "reference NLL": "reference_nll",
+    "KL from base": "base_kl",
+}
+
+
+def print_markdown(report, systems):
+    """Two tables for a README from eval.json and the costs: the probability; the text and costs."""
+    print_header(PROBABILITY)
+    for title, (scorer, _) in systems.items():
+        print_line(title, cells(report["metrics"][scorer], PROBABILITY))
+
+    print_header([*TEXT, "minutes", "GB"])
+    for title, (scorer, run) in systems.items():
+        line = cells(report["metrics"][scorer], TEXT)
+        if run is not None:
+            took = report["costs"][run]
+            line.append(f"{took['seconds'] / 60:.0f}")
+            line.append(f"{took['peak_memory_gb']:.1f}")
+        print_line(title, line)
+
+
+def print_header(names):
+    print(f"\n| | {' | '.join(names)} |")
+    print(f"|{'---|' * (1 + len(names))}")
+
+
+def print_line(title, line):
+    if any(line):
+        print(f"| {title} | {' | '.join(line)} |")
+
+
+def cells(metrics, columns):
+    """The cells of one system: a value, and in brackets its interval or the other values."""
+    line = []
+    for names in columns.values():
+        first, *others = names.split()
+        more = [metrics.get(name) for name in others]
+        if not others:
+            more = metrics["intervals"].get(first, ())
+
+        text = number(metrics.get(first))
+        in_brackets = [number(value) for value in more]
+        if any(in_brackets):
+            text += f" [{', '.join(in_brackets)}]"
+        line.append(text)
+    return line
+
+
 def number(value):
-    return "" if value is None else f"{value:.3f}".lstrip("0")
+    """Three decimals, without the zero before the point; "" for None."""
+    if value is None:
+        return ""
+    return f"{value:.3f}".lstrip("0")
 
 
-def markdown(report, names):
-    """Two tables for a README out of eval.json and costs: probability, then text and cost."""
-    def cell(one, *keys):
-        """The first value, in brackets its interval or the other values."""
-        values = [one.get(key) for key in keys]
-        values += one["intervals"].get(keys[0], ()) if len(keys) == 1 else ()
-        first, *more = map(number, values)
-        return first + f" [{', '.join(more)}]" * any(more)
-
-    for columns in (
-        {"AUROC": "auroc", "AP": "average_precision", "F1": "f1", "log loss": "log_loss",
-         "Brier": "brier", "ECE [of a perfect p: mean, 95 %]": "ece ece_floor ece_floor_q95"},
-        {"alignment": "auroc_alignment", "kappa": "kappa", "states a label": "parsable",
-         "distinct-2": "distinct_2", "rep-4": "rep_4", "reference NLL": "reference_nll",
-         "KL from base": "base_kl"}):
-        more = ["minutes", "GB"] * ("AUROC" not in columns)
-        print(f"\n| | {' | '.join([*columns, *more])} |")
-        print(f"|{'---|' * (1 + len(columns) + len(more))}")
-        for title, (scorer, run) in names.items():
-            one, took = report["metrics"][scorer], report["costs"].get(run)
-            cells = [cell(one, *keys.split()) for keys in columns.values()]
-            if more and took:
-                cells += [f"{took['seconds'] / 60:.0f}", f"{took['peak_memory_gb']:.1f}"]
-            if any(cells):
-                print(f"| {title} | {' | '.join(cells)} |")
-
-
+# --- arguments ------------------------------------------------------------------------------------
 def weight(text):
     """A flag's LM weight, as it was written: it names the run's folder."""
     if not 0 < float(text) < float("inf"):
@@ -182,7 +360,7 @@ def weight(text):
     return text
 
 
-def main(argv=None):
+def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("name", choices=DATA, help="data set")
@@ -190,43 +368,10 @@ def main(argv=None):
     add("--model", type=Path, default=Path("models/smollm2-135m"), help="folder of the base")
     add("--weight", type=weight, default="1", help="LM weight of CLSGen")
     add("--sweep", nargs="+", type=weight, metavar="WEIGHT",
-        help="LM weights beside 0, on validation rows; reads no test row")
+        help="LM weights next to 0, on validation rows; reads no test row")
     add("--work", type=Path, default=Path("runs/real"), help="folder of the runs")
     add("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON")
-    args = parser.parse_args(argv)
-    args.work.mkdir(parents=True, exist_ok=True)
-    paths = prepare(args.name, args.folder, args.work)
-    runs = ["cls", *args.sweep, "lm"] if args.sweep else [args.weight, "cls", "lm"]
-    costs = {run: train(args.name, run, paths, args) for run in runs}
-    folders = {run: args.work / f"{args.name}-{run}" for run in runs}
-    with open(folders[runs[0]] / "log.jsonl", encoding="utf-8") as file:
-        threads = json.loads(next(file))["config"]["threads"]
-    about = {"costs": costs, "cpus": os.cpu_count(), "threads": threads,
-             "processor": torch.cpu.get_capabilities().get("cpu_name", platform.processor())}
-    if args.sweep:
-        found = {run: last_validation(folder) for run, folder in folders.items()}
-        write_json(args.out / f"real_{args.name}_sweep.json", {"validation": found} | about)
-        print("\n| LM weight | AUROC | log loss, raw | text NLL |\n|---|---|---|---|")
-        for run, one in found.items():
-            print("|", " | ".join([{"cls": "0", "lm": "LM-only"}.get(run, run), *map(number, (
-                one.get(key) for key in ("auroc", "bce", "lm")))]), "|")
-        return
-    report, costs["eval"] = evaluate(args.name, runs, paths, args)
-    rows = [read_rows(paths[split]) for split in ("train", "test", "valid")]
-    report["metrics"] |= bag_of_words(*rows)
-    names = {"majority": ("majority", "")} | {name: (name, "") for name in NGRAMS}
-    if args.name == "esnli":
-        found = bag_of_words(*(list(map(hypothesis, part)) for part in rows))
-        found = {f"{name}, hypothesis only": metrics for name, metrics in found.items()}
-        report["metrics"] |= found
-        names |= {name: (name, "") for name in found}
-    names |= {"zero-shot": ("zero-shot label token", "")}
-    names |= {title: (f"{folders[run]} {'label token' if run == 'lm' else 'head'}", run)
-              for title, run in (("LM-only", "lm"), ("cls-only", "cls"), ("CLSGen", args.weight))}
-    other = f"_weight{args.weight}" * (args.weight != parser.get_default("weight"))
-    write_json(args.out / f"real_{args.name}{other}.json", report | about)
-    print_tables(report["metrics"])
-    markdown(report | about, names)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

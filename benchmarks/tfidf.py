@@ -3,7 +3,7 @@
     python benchmarks/tfidf.py --data train.jsonl --test test.jsonl [--valid valid.jsonl]
 
 Needs scikit-learn (requirements-dev.txt). Temperature, bias and threshold are fitted on --valid, as
-those of a run are; without it p is used as it is, with the threshold .5.
+those of a run are. Without it, p is used as it is, with a threshold of .5.
 """
 
 import argparse
@@ -27,16 +27,14 @@ def bag_of_words(train, test, valid=None):
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
-    def texts(rows):
-        return [row["text"] for row in rows]
-
-    def labels(rows):
-        return [row["label"] for row in rows]
-
     columns = {}
     for name, ngrams in NGRAMS.items():
-        model = make_pipeline(TfidfVectorizer(ngram_range=ngrams),
-                              LogisticRegression(max_iter=1000)).fit(texts(train), labels(train))
+        model = make_pipeline(
+            TfidfVectorizer(ngram_range=ngrams),
+            LogisticRegression(max_iter=1000),
+        )
+        model.fit(texts(train), labels(train))
+
         fitted = Fitted()
         if valid:
             z = model.decision_function(texts(valid))
@@ -46,10 +44,18 @@ def bag_of_words(train, test, valid=None):
         z = model.decision_function(texts(test))
         p = calibrated(z, fitted.temperature, fitted.bias)
         groups = [row.get("group") for row in test]
+        metrics = score_metrics(labels(test), p, p >= fitted.threshold, groups=groups)
         is_calibrated = (fitted.temperature, fitted.bias) != (1.0, 0.0)
-        metrics = score_metrics(labels(test), p, p >= fitted.threshold, groups)
         columns[name] = {"calibrated": is_calibrated, **metrics}
     return columns
+
+
+def texts(rows):
+    return [row["text"] for row in rows]
+
+
+def labels(rows):
+    return [row["label"] for row in rows]
 
 
 def main():
@@ -58,8 +64,11 @@ def main():
     parser.add_argument("--valid", help="rows to calibrate on")
     parser.add_argument("--test", required=True, help="rows to score")
     args = parser.parse_args()
-    print_tables(bag_of_words(read_rows(args.data), read_rows(args.test),
-                              read_rows(args.valid) if args.valid else None))
+
+    train = read_rows(args.data)
+    test = read_rows(args.test)
+    valid = read_rows(args.valid) if args.valid else None
+    print_tables(bag_of_words(train, test, valid))
 
 
 if __name__ == "__main__":

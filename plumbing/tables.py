@@ -14,7 +14,8 @@ def table(columns, keys):
     for parts in zip_longest(*heading_parts, fillvalue=""):
         lines.append(["", *parts])
     for name, values in columns.items():
-        lines.append([name, *(cell(values, key) for key in keys)])
+        cells = [cell(values, key) for key in keys]
+        lines.append([name, *cells])
 
     widths = []
     for column in zip(*lines, strict=True):

@@ -17,8 +17,8 @@ import train
 from clsgen import TARGETS, CLSGen, add_lora, base_model
 from data import read_rows
 from metrics import best_f1_threshold, calibrate, collapse, sigmoid
-from model import Llama, LlamaConfig
-from plumbing.checkpoint import base_fingerprint, load_llama
+from model import Llama
+from plumbing.checkpoint import base_fingerprint, load_llama, read_config
 from prompts import Prompts
 from run import Fitted, Run, fit, load_run, save_run
 
@@ -27,7 +27,7 @@ import comprehensiveness as comp  # noqa: E402
 import figures  # noqa: E402
 import random_llama  # noqa: E402
 import real  # noqa: E402
-
+import speed  # noqa: E402
 
 
 def test_the_threshold_is_one_of_calibrated_probabilities():
@@ -46,14 +46,15 @@ def test_the_threshold_is_one_of_calibrated_probabilities():
 def runs(tiny, rows_file, tmp_path_factory):
     """A folder with two runs of random LoRA and head; in `out` the results of comparing them."""
     folder = tmp_path_factory.mktemp("runs")
-    for seed, (name, scorer) in enumerate((("joint", "head"), ("lm", "label_token"))):
+    for seed, name, scorer, base_rate in ((0, "joint", "head", 0.4), (1, "lm", "label_token", 0.3)):
         torch.manual_seed(seed)
         model = CLSGen(add_lora(load_llama(tiny, torch.float32), 4, 8.0)).eval()
         for key, parameter in model.named_parameters():
             if "lora_B" in key:
                 torch.nn.init.normal_(parameter, std=0.2)
         prompts = Prompts(tiny, "Is it bad?", max_answer=12)
-        fitted = Fitted(scorer, temperature=2.0, bias=0.5, threshold=0.6, base_rate=0.4)
+        fitted = Fitted(scorer, temperature=2.0, bias=0.5, threshold=0.6,
+                        base_rate=base_rate)
         about = {"base": str(tiny), "base_fingerprint": base_fingerprint(tiny),
                  "lora": {"rank": 4, "alpha": 8, "targets": list(TARGETS)}}
         (folder / name).mkdir()
@@ -112,18 +113,20 @@ def test_one_command_compares(runs, rows):
 
 
 @pytest.mark.parametrize("more, scored", [("", 2), ("--overwrite", 3), ("--rows 40", 3)])
-def test_a_stopped_evaluation_goes_on(runs, rows_file, tiny, tmp_path, monkeypatch, more, scored):
+def test_a_stopped_evaluation_goes_on(runs, rows_file, tiny, tmp_path, monkeypatch, capsys, more,
+                                      scored):
     """Fails if a run that was scored before the stop is scored again, if what was kept is taken for
-    other rows or against --overwrite, if it gives other numbers, or if a file of others goes."""
+    other rows or against --overwrite, if it gives other numbers, if a file of others goes, or if
+    the message does not name the folder."""
     call = (f"--run {runs}/joint --run {runs}/lm --model {tiny} --data {rows_file} "
             f"--batch 7 --draws 20 --out {tmp_path} ")
     predict, seen = Run.predict, []
 
-    def watched(run, *rest, **options):
+    def watched(run, *rows, **options):
         seen.append(run.name)
         if stop and len(set(seen)) == 2:
             raise KeyboardInterrupt
-        return predict(run, *rest, **options)
+        return predict(run, *rows, **options)
 
     monkeypatch.setattr(Run, "predict", watched)
     stop = True
@@ -136,6 +139,8 @@ def test_a_stopped_evaluation_goes_on(runs, rows_file, tiny, tmp_path, monkeypat
     other.touch()  # of predict.py, in the same folder
     ev.main((call + more).split())
     assert len(set(seen)) == scored and list(tmp_path.glob("*.part")) == [other]
+    said = f"{runs}/joint: what was scored before is kept" in capsys.readouterr().out
+    assert said == (not more)
     if not more:
         (found, texts), (due, due_texts) = read(tmp_path), read(runs / "out")
         for one in [*found["metrics"].values(), *due["metrics"].values()]:
@@ -172,11 +177,11 @@ def test_a_piece_of_work_is_not_done_twice(runs, rows_file, tmp_path, monkeypatc
     call = f"--run {runs}/joint --data {rows_file} --draws 20 --explain 8 --out {tmp_path}".split()
     predict, explained = Run.predict, []
 
-    def watched(run, rows, explain, *rest, **options):
+    def watched(run, rows, explain, **options):
         explained.append(explain)
         if stop and not explain:
             raise KeyboardInterrupt
-        return predict(run, rows, explain, *rest, **options)
+        return predict(run, rows, explain, **options)
 
     monkeypatch.setattr(Run, "predict", watched)
     stop = True
@@ -210,11 +215,29 @@ def test_rows_explain_and_the_results_folder(runs, rows_file, capsys):
     assert [one["id"] for one in predictions] == [f"r{i}" for i in order]
     assert [one["explanation"] is not None for one in predictions] == [True] * 10 + [False] * 20
     assert f"{report['metrics']['raw']['auroc']:.3f} [" in capsys.readouterr().out
-    for more, reason in (("--valid x", "--model"), ("", "--overwrite"), ("--rows 0", "least"),
-                         ("--explain -1", "least"), ("--batch 0", "least"), ("--draws 0", "least"),
-                         (" ".join(call[:2]), "twice"), ("--overwrite --run nowhere", "nowhere")):
+    for more, reason in (
+        ("--valid x", "--model"),
+        ("", "--overwrite"),
+        ("--rows 0 --batch 0", "--rows is 0, expected 1 or more; --batch is 0, expected 1 or more"),
+        ("--draws 0", "--draws is 0, expected 1 or more"),
+        ("--explain -1", "--explain is -1, expected 0 or more"),
+        ("--seed -1", "--seed is -1, expected 0 or more"),
+        ("--rows 1 --overwrite", "--rows 1 leaves one class only"),
+        (" ".join(call[:2]), "twice"),
+        ("--overwrite --run nowhere", "nowhere"),
+        ("--model x --run zero-shot", "rename"),
+    ):
         with pytest.raises(ValueError, match=reason):
             ev.main([*call, *more.split()])
+
+
+def test_majority_is_the_first_runs_base_rate(runs, rows, rows_file, tmp_path):
+    """Fails if it is the last run's."""
+    call = f"--run {runs}/joint --run {runs}/lm --data {rows_file} --explain 0 --draws 5 "
+    ev.main((call + f"--out {tmp_path}").split())
+    majority = read(tmp_path)[0]["metrics"]["majority"]
+    y = np.array([row["label"] for row in rows])
+    assert majority["brier"] == pytest.approx(np.mean((y - 0.4) ** 2))
 
 
 def test_the_collapse_meter_only_watches(tiny, rows_file, tmp_path, monkeypatch):
@@ -325,7 +348,7 @@ def test_random_llama(tiny, tmp_path, monkeypatch):
     load as any other, or if one that is there is written over."""
     for name, count in (("1b", 1_235_814_400), ("8b", 8_030_261_248)):
         with torch.device("meta"):
-            llama = Llama(LlamaConfig.from_dict(random_llama.COMMON | random_llama.SHAPES[name]))
+            llama = Llama(read_config(random_llama.COMMON | random_llama.SHAPES[name]))
         assert sum(parameter.numel() for parameter in llama.parameters()) == count
     small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 2}
     monkeypatch.setitem(random_llama.SHAPES, "1b", random_llama.SHAPES["1b"] | small)
@@ -338,3 +361,31 @@ def test_random_llama(tiny, tmp_path, monkeypatch):
     for wrong, reason in ((call, "exists"), ([*call[:-1], str(tmp_path)], "tokenizer.json")):
         with pytest.raises((ValueError, OSError), match=reason):
             random_llama.main(wrong)
+
+
+def test_speed(tiny, tmp_path, monkeypatch, capsys):
+    """Fails if a side prints no line for benchmarks/same/check.py, if the fastest run is the median
+    or that of the slowest process, if sides do not take turns, or if a busy machine goes unsaid."""
+    speed.main(f"--side ours --case explain/1 --model {tiny} --dtype float32 --repeats 3".split())
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["rate"] == 48 / sorted(line["seconds"])[1]
+    assert line["fastest"] == 48 / min(line["seconds"])
+
+    calls = []
+
+    def run_side(side, case, args):
+        calls.append(side)
+        return line | {"rate": float(len(calls)), "fastest": 10.0 * len(calls)}
+
+    monkeypatch.setattr(speed, "run_side", run_side)
+    for load, warned in ((0.6, True), (0.5, False)):
+        monkeypatch.setattr(speed.os, "getloadavg", lambda load=load: (load, 0.0, 0.0))
+        calls.clear()
+        speed.main(f"--cases explain/1 train/4x512-cls --model {tiny} --rounds 2 "
+                   f"--out {tmp_path}/x.json".split())
+        assert ("load average" in capsys.readouterr().out) == warned
+    assert calls == ["ours", "theirs", "ours", "theirs", "ours", "ours"]
+    cases = json.loads((tmp_path / "x.json").read_text())["cases"]
+    assert cases["explain/1"]["rate"] == [2.0, 3.0]
+    assert cases["explain/1"]["fastest"] == [30.0, 40.0]
+    assert cases["train/4x512-cls"]["fastest"] == [60.0]
