@@ -23,7 +23,7 @@ def attend(q, k, v, mask):
 
     mask: what `causal_mask` gives. None means plain causal attention, T = S.
     """
-    # On a CPU, `causal_mask` gives a prompt a mask only where it is to be done by hand
+    # On a CPU `causal_mask` has made the choice: with a mask it is done by hand
     if mask is None or q.device.type != "cpu":
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
@@ -35,9 +35,11 @@ def attend(q, k, v, mask):
 def causal_mask(positions, is_prompt, window, dtype):
     """0 where a token may look and -inf elsewhere, (B or 1, 1, T, S), to be added to the scores.
 
-    None where plain causal attention does the same and needs no mask. positions (B or 1, T) of the
-    queries; is_prompt: they are the first tokens of their rows, so there are no earlier keys;
-    window: how many tokens a token sees, itself included, or None for all.
+    None leaves it to PyTorch's causal attention, which needs no mask; on a CPU this is done only
+    for a prompt that is too long to be done by hand.
+
+    positions (B or 1, T) of the queries; is_prompt: they are the first tokens of their rows, so
+    there are no earlier keys; window: how many tokens a token sees, itself included, or None.
     """
     if window is None:
         window = math.inf
@@ -66,15 +68,15 @@ def attend_by_hand(q, k, v, mask):
     v = v.flatten(0, 1)
 
     outputs = []
-    seen = S - T  # keys before the first query of the longest row; others have a mask for the rest
+    seen = S - T  # keys before the longest row's first query; in shorter rows the mask hides some
     for queries, mask_part in zip(q.split(BLOCK, dim=2), mask.split(BLOCK, dim=2), strict=True):
         size = queries.shape[2]
         seen += size
         keys = k[:, :seen]
         rows = queries.reshape(B * K, -1, E)  # (B K, H / K * size, E)
 
-        # For one new token the keys are a slice of the cache, which a product would copy if it
-        # stood on the right
+        # For one new token the keys are a slice of the cache. As the right factor they would be
+        # copied, so they are the left one
         if size == 1:
             scores = (keys @ rows.mT).mT
         else:

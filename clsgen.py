@@ -2,7 +2,8 @@
 
 A row is a prompt (question and text) with a label y, 0 or 1. If the row has an explanation, it also
 has an answer: the label's word, the explanation, and the end of turn ("Yes. Because ..."). One
-forward pass over prompt and answer gives the hidden states h, and two heads read them:
+forward pass over prompt and answer gives the hidden states h. Below each answer token stands the
+state that predicts it, which is that of the token before. Two heads read the states:
 
       prompt tokens (question + text)       | answer tokens: "Yes. Because ..."
       x_1  x_2  ...                    x_P  | a_1  a_2     ...  a_n
@@ -51,7 +52,7 @@ class CLSGen(nn.Module):
 
         hidden (B, T, D); prompt_end (B,), the index of each row's last prompt token. This is the
         only place that makes z: training, prediction and the check of a saved run call it. Another
-        read-out changes this method alone, and `start_head` if the head is to start for it.
+        read-out changes this method alone, and `start_head` if it calls for another start.
         """
         h_P = states_at(hidden, prompt_end)  # (B, D)
         return self.score(h_P.float()).squeeze(-1)
@@ -76,10 +77,12 @@ class CLSGen(nn.Module):
 
         z is then the model's own log-odds of these two tokens, and both losses push h_P in the
         same direction from the first step on (as in LM-BFF, arXiv 2012.15723). A random start
-        would push it anywhere, and a start at zero would give LoRA no gradient from the BCE.
+        would push it anywhere, and a start at zero would give LoRA no gradient from the BCE in the
+        first step.
 
-        label_ids: the token ids of "No." and of "Yes.". Of two words that begin with the same
-        tokens, the first tokens that differ are taken; if none differ, the head starts at zero.
+        label_ids: the token ids of "No." and of "Yes.". Where two words begin with the same
+        tokens, the first tokens that differ are taken, and z is their log-odds only roughly; if
+        none differ, the head starts at zero.
         """
         weight = self.model.output_weight()  # (V, D)
         self.score.weight.zero_()
@@ -138,7 +141,9 @@ def joint_loss(z, y, logits, targets, n_examples, n_tokens):
 
 
 def total_loss(terms, weights):
-    """L, the weighted sum of the terms. A term that `weights` does not name has weight 1.
+    """L, the weighted sum of the terms. weights: {"bce": w_cls, "lm": w_lm}.
+
+    A term that `weights` does not name has weight 1.
 
     A term of weight 0 stays in the sum. So the score head gets a gradient, of zeros, even when
     w_cls = 0: DistributedDataParallel waits for one for each trainable parameter.
@@ -168,7 +173,7 @@ class LoRALinear(nn.Module):
         self.scale = alpha / rank
         self.lora_on = True  # see `base_model`
 
-        # A keeps nn.Linear's own start, U(+-1/sqrt(in)), as in peft; skip_init draws none for B
+        # A keeps nn.Linear's own start, U(+-1/sqrt(in)), as in peft; B skips it and is set to zero
         device = base.weight.device
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=device)
         self.lora_B = skip_init(nn.Linear, rank, base.out_features, bias=False, device=device)
@@ -211,7 +216,7 @@ def base_model(model):
 
     The head stays as it is.
     """
-    # LoRALinear, or what plumbing/packed.py has put in its place
+    # LoRALinear, or the packed projections that replace it for predictions (plumbing/packed.py)
     adapted = [module for module in model.modules() if hasattr(module, "lora_on")]
     for module in adapted:
         module.lora_on = False
@@ -240,6 +245,7 @@ class Reading:
         self.model = model
         self.llama = model.model
         self.prompt_end = prompt_end
+        # This call fills the cache. Later ones give positions, and see the keys up to their own
         self.cache = self.llama.new_cache(n_rows, n_tokens + room)
         self.hidden = self.llama(input_ids, self.cache)  # (B, T, D)
         self.h_P = states_at(self.hidden, prompt_end)  # (B, D), which predicts the next token
@@ -254,11 +260,13 @@ class Reading:
         """log p(ids | prompt) of each row, (B,), for the token ids of one string such as "Yes.".
 
         The first of them is predicted by h_P, and each other one by the token before it. What this
-        leaves in the cache does no harm: `write` overwrites each place before a token may see it.
+        leaves in the cache does no harm: the next call, of this or of `write`, overwrites each
+        place before a token may see it.
         """
         tokens = torch.tensor(ids, device=self.h_P.device).expand(len(self.h_P), -1)  # (B, n)
         hidden = self.h_P[:, None]  # (B, 1, D)
         if len(ids) > 1:
+            # The last token is not run: what it predicts is not asked for
             steps = torch.arange(1, len(ids), device=tokens.device)
             positions = self.prompt_end[:, None] + steps
             more = self.llama(tokens[:, :-1], self.cache, positions)
@@ -271,9 +279,9 @@ class Reading:
     def write(self, stop_ids, max_tokens, choose=None, openings=()):
         """Yields the next token of each row, (B,), until every row has written one of stop_ids.
 
-        A row that has stopped gets stop_ids[0] from then on. choose(logits (B, V)) picks the
-        tokens, by default the likeliest. openings: for each row the token ids that its text has to
-        begin with; empty, the texts begin as they like.
+        It ends after max_tokens at the latest. A row that has stopped gets stop_ids[0] from then
+        on. choose(logits (B, V)) picks the tokens, by default the likeliest. openings: for each row
+        the token ids that its text has to begin with; empty, the texts begin as they like.
         """
         if choose is None:
             choose = choose_token
@@ -292,7 +300,7 @@ class Reading:
             stopped |= torch.isin(tokens, stop_ids)
             if stopped.all() or n_written + 1 == max_tokens:
                 return
-            # Each row's own positions, where its pads were; no token sees a later position
+            # Each row's own positions: a new key overwrites a pad, and the mask hides later ones
             positions = self.prompt_end[:, None] + 1 + n_written
             last = self.llama(tokens[:, None], self.cache, positions)[:, 0]
 
@@ -308,7 +316,7 @@ def choose_token(logits, temperature=0.0, top_p=1.0, generator=None):
     p = (logits / temperature).softmax(-1)
 
     # With top_p < 1 few of the V tokens need to be sorted. Those that are less likely than
-    # (1 - top_p) / V can be left out: together they have less than the 1 - top_p that is cut anyway
+    # (1 - top_p) / V sum to less than 1 - top_p: more than top_p comes before them, so all are cut
     likely = p >= (1 - top_p) / p.shape[-1]
     p, ids = p.topk(int(likely.sum(-1).max()))  # (B, n), the likeliest first
 

@@ -60,9 +60,9 @@ class Attention(nn.Module):
     def forward(self, x, rope, mask, cache=None, places=None):
         """x (B, T, D) -> (B, T, D).
 
-        rope: the rotations, of `rope_cos_sin`; mask: see attention.py. cache: this layer's keys and
-        values, (2, B, K, C, E); places: the rows (B, 1) and positions (B or 1, T) in it where the
-        keys and values of this call go.
+        rope: what `rope_cos_sin` returns; mask: see attention.py. cache: this layer's keys and
+        values, (2, B, K, C, E). places: where in the cache the keys and values of this call go, as
+        rows (B, 1) and positions (B or 1, T).
         """
         B, T, _ = x.shape
         q, k, v = (part.view(B, T, -1, self.head_dim) for part in self.qkv(x))
@@ -77,9 +77,9 @@ class Attention(nn.Module):
         if cache is not None:
             rows, positions = places
             keys, values = cache
-            keys[rows, :, positions] = k.transpose(1, 2)  # (B, T, K, E)
+            keys[rows, :, positions] = k.transpose(1, 2)  # (B, T, K, E): the indices' axes first
             values[rows, :, positions] = v.transpose(1, 2)
-            if mask is not None:  # without one these are whole prompts: k and v have every key
+            if mask is not None:  # without a mask these are whole prompts: k, v have every key
                 k, v = cache[:, :, :, : mask.shape[-1]]
 
         y = attend(q, k, v, mask)  # (B, H, T, E)
@@ -263,19 +263,22 @@ class LlamaConfig:
 
 @dataclass
 class Family:
-    """What a model_type of config.json decides. None: config.json's attention_bias decides."""
+    """What a model_type of config.json decides, for read_config in plumbing/checkpoint.py.
+
+    None: config.json's attention_bias decides.
+    """
 
     activation: str = "silu"
     qkv_bias: bool | None = None
     o_bias: bool | None = None
     qk_norm: bool = False
     sliding_window: bool = False  # True: every layer has the window that config.json names
-    states_head_dim: bool = False  # True: head_dim must be in config.json, and has no default
+    needs_head_dim: bool = False  # True: head_dim must be in config.json, and has no default
 
 
 FAMILIES = {
     "llama": Family(),
     "mistral": Family(sliding_window=True),  # arXiv 2310.06825
     "qwen2": Family(qkv_bias=True, o_bias=False),  # arXiv 2407.10671
-    "qwen3": Family(qk_norm=True, states_head_dim=True),  # arXiv 2505.09388
+    "qwen3": Family(qk_norm=True, needs_head_dim=True),  # arXiv 2505.09388
 }

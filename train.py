@@ -8,9 +8,10 @@ The baselines are the same loop with one weight at zero: --lm-weight 0 is a plai
 --cls-weight 0 plain generative fine-tuning. The run folder holds everything that a prediction needs
 but the base weights; log.jsonl has the configuration, and a line for each step and each validation.
 
-A row is what the file says, a dict; an example is the same row as tokens. A step is an optimizer
-step over --batch examples, in micro-batches that fit into memory. The flags and the log are in
-plumbing/train_arguments.py and plumbing/training_log.py.
+A row is what the file says, a dict; an example is the same row as tokens, and its len is that of
+prompt and answer together. A step is an optimizer step over --batch examples, in micro-batches that
+fit into memory. The flags and the log are in plumbing/train_arguments.py and
+plumbing/training_log.py.
 """
 
 import copy
@@ -86,7 +87,7 @@ def main(argv=None):
     kept = {}  # z of the last validation; with --keep-best, z and the weights of the best one
     if args.resume:
         state, kept = restore(args.out, trainable, optimizer, config)
-        check_read_out(state.get("read_out"), model)
+        check_read_out(state.get("read_out"), model)  # ValueError if it reads something else now
         print(f"continues after step {state['step']} of {steps}")
     elif ranks.rank == 0:
         begin_run_folder(args.out, config)
@@ -105,7 +106,7 @@ def main(argv=None):
             state["seconds"] = log.seconds()
             log.step(state, losses, share * args.lr)
 
-            # measure, on every rank: all of them see the same numbers
+            # measure: every rank repeats all of it, so that all see the same numbers
             validates = step % valid_every == 0 or step == steps
             if validates:
                 measured, z = validate(model, valid, device, valid_size)
@@ -114,7 +115,8 @@ def main(argv=None):
                 measured.update(watch_text(model, prompts, watched_rows, valid_size))
                 log.validation(step, measured)
 
-                # --keep-best is refused where the head does not train, so there is a BCE
+                # keep the last one, or with --keep-best the best. (That flag is refused where the
+                # head does not train, so there is a BCE.)
                 if not args.keep_best or not kept or measured["bce"] < state["best_bce"]:
                     state.update({"best_bce": measured["bce"], "best_step": step})
                     kept = {"z": torch.tensor(z)}
@@ -131,7 +133,7 @@ def main(argv=None):
                 number = caught[0] if caught else signal.SIGTERM  # another process has caught it
                 sys.exit(128 + number)
 
-    del wrapped  # it must be gone before the processes part
+    del wrapped  # DistributedDataParallel must be gone before the group of processes is
     ranks.leave()
     if ranks.rank == 0:
         if args.keep_best:
@@ -172,7 +174,7 @@ def train_step(model, optimizer, examples, share, args, device, ranks):
 
     for group in optimizer.param_groups:
         group["lr"] = share * group["peak"]
-        # LoRA and head are clipped separately: hidden states have a large common mean, so the
+        # LoRA and head are clipped separately: the h_P of all rows share a large mean, so the
         # head's gradient is large, and one norm over both would scale LoRA's down
         norm = torch.nn.utils.clip_grad_norm_(group["params"], args.clip)
         if not math.isfinite(norm):
@@ -212,7 +214,7 @@ def epoch_order(labels, seed, epoch):
 def schedule(step, steps, warmup):
     """Share of the peak learning rates: linear warm-up, then linear decay. step counts from 0.
 
-    Zero would be reached right after the last step.
+    The peak, 1, is at step rising - 1. Zero would be reached right after the last step.
     """
     rising = max(1, round(warmup * steps))
     falling = max(1, steps - rising + 1)
@@ -258,8 +260,8 @@ def validate(model, examples, device, size):
 def watch_text(model, prompts, rows, size):
     """The collapse meter: is what the model writes for a few rows still a text?
 
-    At most 64 tokens are written for each. The loss on its own explanation, and the KL from the
-    base model, are of the whole explanation.
+    At most 64 tokens are written for each. The loss and the KL from the base model are measured on
+    the explanation that the row has in the file, all of it.
     """
     prompts = copy.copy(prompts)
     prompts.max_answer = min(64, prompts.max_answer)
@@ -295,8 +297,9 @@ def load_rows(args):
 
 
 def finish(args, model, prompts, rows, z, base_rate, step):
-    """Fits calibration and threshold on the validation rows, saves the run, prints what it does.
+    """Fits calibration and threshold on the validation rows, saves the run, prints what came out.
 
+    The fit: p = sigmoid(z / temperature + bias), and the label is p >= threshold.
     z (N,): the raw logits of the rows. base_rate: the share of class 1 in the training rows, and
     step: the one after which the weights were taken; both are only put on record.
     """

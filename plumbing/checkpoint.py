@@ -91,7 +91,7 @@ def read_config(raw, name="config.json"):
     positions = size("max_position_embeddings")
 
     head_dim = raw.get("head_dim")
-    if head_dim is None and not family.states_head_dim:
+    if head_dim is None and not family.needs_head_dim:
         head_dim = hidden_size // heads
     fits = type(head_dim) is int and head_dim > 0 and head_dim % 2 == 0
     fits = fits and heads * head_dim < TOO_LARGE
