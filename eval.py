@@ -72,7 +72,6 @@ def main(argv=None):
     for name in names[1:]:  # the first one is loaded right after this
         loaders[name]()
 
-    args.out.mkdir(parents=True, exist_ok=True)
     if args.overwrite:
         remove_parts(args.out)
 
@@ -82,6 +81,7 @@ def main(argv=None):
     lines = []  # of predictions.jsonl
     for name, load in loaders.items():
         run = load()
+        args.out.mkdir(parents=True, exist_ok=True)  # not before there is a run
         if name == ZERO_SHOT and valid:
             calibrate_zero_shot(run, valid, args)
         is_fitted = name != ZERO_SHOT or bool(valid)
@@ -433,4 +433,4 @@ def other_metrics(columns):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, when_stopped="stopped; the same command continues")

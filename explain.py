@@ -510,4 +510,4 @@ def parse_arguments(argv):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, when_stopped="stopped; the same command continues")

@@ -126,7 +126,9 @@ def parse(argv=None):
 
     problems = []
     if (args.text is None) == (args.data is None):
-        problems.append("give either --text or --data")
+        problems.append("give one of --text and --data")
+    if args.text is not None and not args.text.strip():
+        problems.append("--text is blank")
     if args.data is not None and args.out is None:
         problems.append("--out is missing")
     if args.out is not None:
@@ -145,4 +147,4 @@ def parse(argv=None):
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, when_stopped="stopped; the same command continues --data")

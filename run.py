@@ -328,6 +328,8 @@ def load_run(folder, model=None, dtype=None, device=None, pack=True):
 def read_about(folder):
     """The content of a run's clsgen.json, with all that is needed. ValueError says what is not."""
     path = folder / "clsgen.json"
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
     if not path.exists() and (folder / "resume").exists():
         raise ValueError(f"{folder}: its training has not finished; "
                          f"python train.py --resume {folder} continues it")

@@ -102,7 +102,7 @@ print(f"a row without an explanation has {len(label_only.answer)} answer tokens:
 assert label_only.answer == []
 
 # %% 5. p cannot depend on the answer
-title("5. Another answer leaves z alone; a head on the row's last token would read the label")
+title("5. Another answer leaves z alone; a head on the row's last token would see the answer")
 other_row = dict(row, label=0, explanation="Good care at this age makes death unlikely.")
 (other_example,) = encode_rows([other_row], prompts)
 

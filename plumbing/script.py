@@ -10,8 +10,11 @@ from importlib.metadata import version
 import torch
 
 
-def run_main(main):
-    """Runs a script's main: what a user can put right is one sentence and exit code 2."""
+def run_main(main, when_stopped="stopped"):
+    """Runs a script's main: what a user can put right is one sentence and exit code 2.
+
+    when_stopped: what Ctrl-C makes it say.
+    """
     keep_freed_memory()
     try:
         main()
@@ -19,7 +22,7 @@ def run_main(main):
         print("error:", printable(str(error)), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print(when_stopped, file=sys.stderr)
         sys.exit(130)
 
 
@@ -102,6 +105,7 @@ def stop_signals():
     handlers_before = {}
 
     def note(number, frame):
+        print("\nstopping after this step; the next Ctrl-C stops at once", file=sys.stderr)
         caught.append(number)
         signal.signal(number, handlers_before[number])
 

@@ -70,9 +70,12 @@ class TrainingLog:
                 shown.append(f"{name} {value:.4f}")
         self.bar.write(f"step {step}: validation {'  '.join(shown)}")
 
+    def close(self):
+        self.bar.close()
+        self.file.close()
+
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self.bar.close()
-        self.file.close()
+        self.close()

@@ -66,7 +66,7 @@ def test_a_stopped_prediction_goes_on_from_any_byte(rows, run, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("arguments, words", [
-    ("", "--text or --data"), ("--data x", "--out is missing"),
+    ("", "one of --text and --data"), ("--text=", "--text is blank"), ("--data x", "--out is"),
     ("--text a --top-p 0 --batch 0", "--batch is 0"), ("--text a", "nowhere")])
 def test_a_wrong_call_is_one_sentence_and_exit_code_2(arguments, words):
     """Fails if a user's mistake ends in a traceback, or in exit code 0 or 1."""
