@@ -324,3 +324,7 @@ def choose_token(logits, temperature=0.0, top_p=1.0, generator=None):
     p[before > top_p] = 0  # the token that crosses top_p still counts
     drawn = torch.multinomial(p.cpu(), 1, generator=generator)  # on the CPU, as the generator is
     return ids.gather(-1, drawn.to(ids.device)).squeeze(-1)
+
+
+if __name__ == "__main__":
+    raise SystemExit("clsgen.py is the method, not a command: see train.py, predict.py, export.py")

@@ -29,7 +29,7 @@ from metrics import auroc, group_numbers, none_if_undefined, score_metrics, text
 from plumbing.checkpoint import base_fingerprint, load_llama
 from plumbing.files import continue_job, write_atomically
 from plumbing.packed import pack
-from plumbing.script import refuse, run_main, versions
+from plumbing.script import dtype_name, refuse, run_main, versions
 from plumbing.tables import table
 from prompts import Prompts
 from run import Fitted, Run, fit, load_run
@@ -280,7 +280,7 @@ def part_file(run, rows, args):
         "rows": rows,
         "explain": args.explain,
         "batch": args.batch,
-        "dtype": args.dtype,
+        "dtype": dtype_name(run.llama.norm.weight.dtype),
         "device": str(run.device),
         "versions": versions(),
     }

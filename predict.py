@@ -88,7 +88,9 @@ def predict_file(run, rows, args):
     starts = range(0, len(rows), chunk_size)
     lines = []
     with tqdm(total=len(rows), unit="row") as bar:
-        for records in continue_job(part, about, starts, predict_chunk, overwrite=args.overwrite):
+        results = continue_job(part, about, starts, predict_chunk, overwrite=args.overwrite)
+        for start, records in zip(starts, results, strict=True):
+            check_ids(records, rows[start : start + chunk_size], part)
             for record in records:
                 lines.append(json.dumps(record, ensure_ascii=False) + "\n")
             bar.update(len(records))
@@ -96,6 +98,16 @@ def predict_file(run, rows, args):
     write_atomically(args.out, "".join(lines))
     part.unlink()
     print(f"{len(rows)} predictions in {args.out}")
+
+
+def check_ids(records, rows, part):
+    """ValueError if records that were kept in the file `part` are not those of the rows."""
+    try:
+        ids = [record["id"] for record in records]
+    except (TypeError, KeyError):
+        ids = None
+    if ids != [row["id"] for row in rows]:
+        raise ValueError(f"{part}: damaged; delete it to start anew")
 
 
 def token_chooser(args, seed):

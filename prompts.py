@@ -276,7 +276,11 @@ def load_tokenizers(path):
 
 
 def encode(tokenizer, text):
-    """The tokens of a text, with ids and offsets; nothing is put before or after it."""
+    """The tokens of a text, with ids and offsets; nothing is put before or after it.
+
+    ValueError for half of a surrogate pair, which is no text (it comes from a broken command line).
+    """
+    text.encode()
     return tokenizer.encode(text, add_special_tokens=False)
 
 

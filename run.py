@@ -25,6 +25,7 @@ from plumbing.adapter import adapter_config, adapter_tensors, check_lora, load_a
 from plumbing.checkpoint import base_fingerprint, load_llama
 from plumbing.files import read_json, sha256_of, write_json, write_tensors
 from plumbing.packed import pack as pack_weights
+from plumbing.resume import STATE
 from plumbing.script import dtype_name, pick_device, versions
 from prompts import Prompts
 
@@ -330,7 +331,7 @@ def read_about(folder):
     path = folder / "clsgen.json"
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    if not path.exists() and (folder / "resume").exists():
+    if not path.exists() and (folder / STATE).exists():
         raise ValueError(f"{folder}: its training has not finished; "
                          f"python train.py --resume {folder} continues it")
     if not path.exists():

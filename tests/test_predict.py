@@ -65,6 +65,30 @@ def test_a_stopped_prediction_goes_on_from_any_byte(rows, run, tmp_path, monkeyp
         out.unlink()
 
 
+@pytest.mark.parametrize("line", [b"5", b"[]", b'[{"id": "x"}]', None])
+def test_a_damaged_part_is_refused(rows, rows_file, run, tmp_path, monkeypatch, line):
+    """Fails if records of other rows, or of none, are written as predictions."""
+    out, predict, calls = tmp_path / "p.jsonl", Run.predict, []
+
+    def stop_at_the_third(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return predict(*arguments)
+
+    monkeypatch.setattr("run.Run.predict", stop_at_the_third)
+    command = f"--run {tmp_path / 'run'} --data {rows_file} --out {out} --batch 1 --no-explain"
+    with pytest.raises(KeyboardInterrupt):
+        main(command.split())
+    part = tmp_path / "p.jsonl.part"
+    head, first, second = part.read_bytes().splitlines()
+    kept = [head, line, second] if line else [head, second]  # None: a line is gone
+    part.write_bytes(b"\n".join(kept) + b"\n")
+    with pytest.raises(ValueError, match="p.jsonl.part: damaged"):
+        main(command.split())
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("arguments, words", [
     ("", "one of --text and --data"), ("--text=", "--text is blank"), ("--data x", "--out is"),
     ("--text a --top-p 0 --batch 0", "--batch is 0"), ("--text a", "nowhere")])

@@ -143,3 +143,22 @@ def test_values_that_cannot_be_fitted_are_refused(changes):
     """Fails if a damaged calibration turns every p into NaN or every decision into one class."""
     with pytest.raises(ValueError, match="impossible"):
         Fitted(**changes)
+
+
+def test_a_folder_that_is_no_run_says_so(run, tmp_path):
+    """Fails if a stopped training is called something else, or --resume is advised too early."""
+    with pytest.raises(ValueError, match="nowhere: no such folder"):
+        load_run(tmp_path / "nowhere")
+    (tmp_path / "run" / "clsgen.json").unlink()
+    (tmp_path / "run" / "resume").mkdir()
+    with pytest.raises(ValueError, match="not a run folder"):
+        load_run(tmp_path / "run")
+    (tmp_path / "run" / "resume" / "state.safetensors").touch()
+    with pytest.raises(ValueError, match="has not finished; python train.py --resume"):
+        load_run(tmp_path / "run")
+
+
+def test_half_a_surrogate_pair_is_refused(run):
+    """Fails if a broken command line ends in the tokenizer's TypeError."""
+    with pytest.raises(ValueError, match="surrogates not allowed"):
+        run.predict("a \ud800 b")

@@ -1,0 +1,1 @@
+"""Machinery that the method does not know. (This file keeps other packages of the name away.)"""
