@@ -153,7 +153,7 @@ def train_step(model, optimizer, examples, share, args, device, ranks):
     parameter changes.
     """
     n_examples = len(examples)
-    n_tokens = sum(len(example.answer) for example in examples)
+    n_tokens = count_answer_tokens(examples)
     losses = {}
 
     mine = examples[ranks.rank :: ranks.count]
@@ -166,8 +166,7 @@ def train_step(model, optimizer, examples, share, args, device, ranks):
             terms = joint_loss(z, batch.labels, logits, batch.targets, n_examples, n_tokens)
             loss = total_loss(terms, loss_weights(args))
             if not loss.isfinite():
-                ids = [example.id for example in micro]
-                raise ValueError(f"the loss is {loss.item()}; rows: {ids}")
+                raise ValueError(f"the loss is {loss.item()}; rows: {ids_of(micro)}")
             # Each rank's loss is its part of a sum, but DistributedDataParallel takes the mean
             (ranks.count * loss).backward()
         for name, term in terms.items():
@@ -179,8 +178,8 @@ def train_step(model, optimizer, examples, share, args, device, ranks):
         # head's gradient is large, and one norm over both would scale LoRA's down
         norm = torch.nn.utils.clip_grad_norm_(group["params"], args.clip)
         if not math.isfinite(norm):
-            ids = [example.id for example in examples]
-            raise ValueError(f"the gradient is not finite; rows of this step: {ids}")
+            rows = ids_of(examples)
+            raise ValueError(f"the gradient is not finite; rows of this step: {rows}")
     optimizer.step()
     optimizer.zero_grad()
     return losses
@@ -231,6 +230,14 @@ def make_optimizer(parts, args):
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0)
 
 
+def count_answer_tokens(examples):
+    return sum(len(example.answer) for example in examples)
+
+
+def ids_of(examples):
+    return [example.id for example in examples]
+
+
 def copies(parameters):
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}
 
@@ -239,7 +246,7 @@ def copies(parameters):
 @torch.inference_mode()
 def validate(model, examples, device, size):
     """(the loss terms and the AUROC by name, uncalibrated logits z (N,)) of all examples."""
-    n_tokens = sum(len(example.answer) for example in examples)
+    n_tokens = count_answer_tokens(examples)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
     measured = {}
     all_z = np.zeros(len(examples))

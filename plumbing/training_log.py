@@ -29,11 +29,18 @@ def introduce(config, parts, train, valid, prompts):
             value = " ".join(str(part) for part in value)
         print(f"{key:15} {value}")
     for name, parameters in parts.items():
-        print(f"{name:7} {sum(p.numel() for p in parameters.values()):>12,} parameters")
+        count = 0
+        for parameter in parameters.values():
+            count += parameter.numel()
+        print(f"{name:7} {count:>12,} parameters")
 
-    tokens = sum(len(example) for example in train)
-    cut = sum(example.tokens_cut > 0 for example in train)
-    unexplained = sum(not example.answer for example in train)
+    tokens = 0
+    cut = 0
+    unexplained = 0
+    for example in train:
+        tokens += len(example)
+        cut += example.tokens_cut > 0
+        unexplained += not example.answer
     print(f"train   {len(train):>12,} rows, {tokens:,} tokens an epoch, {cut} texts cut; "
           f"{unexplained} rows train the score head only")
     print(f"valid   {len(valid):>12,} rows\n\n{show(train[0], prompts)}\n", flush=True)

@@ -364,8 +364,8 @@ def test_random_llama(tiny, tmp_path, monkeypatch):
 
 
 def test_speed(tiny, tmp_path, monkeypatch, capsys):
-    """Fails if a side prints no line for benchmarks/same/check.py, if the fastest run is the median
-    or that of the slowest process, if sides do not take turns, or if a busy machine goes unsaid."""
+    """Fails if a side prints no line of JSON, if the fastest run is the median or that of the
+    slowest process, if sides do not take turns, or if a busy machine goes unsaid."""
     speed.main(f"--side ours --case explain/1 --model {tiny} --dtype float32 --repeats 3".split())
     line = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert line["rate"] == 48 / sorted(line["seconds"])[1]

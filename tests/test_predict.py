@@ -33,6 +33,20 @@ def test_a_file_of_predictions(rows_file, rows, run, tmp_path):
     main([*command, "--overwrite"])
 
 
+def stop_at_the_third(monkeypatch):
+    """The third chunk of a prediction is stopped as by Ctrl-C; returns the list of its calls."""
+    predict, calls = Run.predict, []
+
+    def stopping(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return predict(*arguments)
+
+    monkeypatch.setattr("run.Run.predict", stopping)
+    return calls
+
+
 def test_a_stopped_prediction_goes_on_from_any_byte(rows, run, tmp_path, monkeypatch):
     """Fails if a row is lost, doubled or computed again, or draws depend on where it stopped."""
     data, out = tmp_path / "rows.jsonl", tmp_path / "p.jsonl"
@@ -40,16 +54,10 @@ def test_a_stopped_prediction_goes_on_from_any_byte(rows, run, tmp_path, monkeyp
     command = f"--run {tmp_path / 'run'} --data {data} --out {out} --batch 1".split()
     command += ["--temperature", "1"]
     main(command)
-    due, part, predict, calls = out.read_bytes(), tmp_path / "p.jsonl.part", Run.predict, []
+    due, part = out.read_bytes(), tmp_path / "p.jsonl.part"
     out.unlink()
 
-    def stop_at_the_third(*arguments):
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return predict(*arguments)
-
-    monkeypatch.setattr("run.Run.predict", stop_at_the_third)
+    calls = stop_at_the_third(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         main(command)
     begun = part.read_bytes()
@@ -68,15 +76,9 @@ def test_a_stopped_prediction_goes_on_from_any_byte(rows, run, tmp_path, monkeyp
 @pytest.mark.parametrize("line", [b"5", b"[]", b'[{"id": "x"}]', None])
 def test_a_damaged_part_is_refused(rows, rows_file, run, tmp_path, monkeypatch, line):
     """Fails if records of other rows, or of none, are written as predictions."""
-    out, predict, calls = tmp_path / "p.jsonl", Run.predict, []
+    out = tmp_path / "p.jsonl"
 
-    def stop_at_the_third(*arguments):
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return predict(*arguments)
-
-    monkeypatch.setattr("run.Run.predict", stop_at_the_third)
+    stop_at_the_third(monkeypatch)
     command = f"--run {tmp_path / 'run'} --data {rows_file} --out {out} --batch 1 --no-explain"
     with pytest.raises(KeyboardInterrupt):
         main(command.split())
