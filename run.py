@@ -350,7 +350,7 @@ def _load_run(folder, about, model, dtype, device, pack):
     try:
         fitted = Fitted.from_settings(about)
         golden = {key: about["golden"][key] for key in ("ids", "logit", "dtype")}
-        golden["read_out"] = about["golden"].get("read_out")  # runs of before do not have it
+        golden["read_out"] = about["golden"].get("read_out")  # earlier versions have none
         lora = {key: about["lora"][key] for key in ("rank", "alpha", "targets")}
         check_lora(**lora, where="clsgen.json")
     except (KeyError, TypeError) as error:

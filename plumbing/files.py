@@ -69,7 +69,7 @@ def continue_job(part, about, units, work, in_order=map, overwrite=False):
     is one result as JSON. The caller deletes it, once all results are where they belong.
     in_order(work, units) gives the results in the order of the units: map, or a pool's imap.
 
-    ValueError if `part` was begun for something else; overwrite=True starts anew instead.
+    ValueError if `part` was begun for something else or is damaged; overwrite=True starts anew.
     """
     part = Path(part)
     first_line = json.dumps(about).encode()
@@ -82,6 +82,8 @@ def continue_job(part, about, units, work, in_order=map, overwrite=False):
                          "delete it to start anew")
 
     done = lines[1:]
+    if len(done) > len(units):
+        raise ValueError(f"{part}: it has more results than there are; delete it to start anew")
     write_atomically(part, b"\n".join([first_line, *done]) + b"\n")
     for number, line in enumerate(done, 2):
         try:

@@ -1,6 +1,7 @@
 """What every script does: one sentence for an error, signals, the device, versions."""
 
 import ctypes
+import os
 import signal
 import sys
 import unicodedata
@@ -105,7 +106,9 @@ def stop_signals():
     handlers_before = {}
 
     def note(number, frame):
-        print("\nstopping after this step; the next Ctrl-C stops at once", file=sys.stderr)
+        # not by print: the signal may come while the progress bar is being written
+        with suppress(OSError):
+            os.write(2, b"\nstopping after this step; the next Ctrl-C stops at once\n")
         caught.append(number)
         signal.signal(number, handlers_before[number])
 

@@ -50,6 +50,19 @@ def test_a_job_of_another_kind_is_refused(tmp_path):
     assert list(continue_job(part, {"seed": 2}, [1], repr, overwrite=True)) == ["1"]
 
 
+def test_a_damaged_job_is_refused_by_name(tmp_path):
+    """Fails if a surplus or a broken line is taken for a result, or the file is not named."""
+    part = tmp_path / "x.part"
+    list(continue_job(part, {}, [1, 2], str))
+    whole = part.read_bytes()
+    for line, words in ((b'"3"\n', "more results"), (b"{\n", "x.part:4: damaged")):
+        part.write_bytes(whole + line)
+        units = [1, 2] if words == "more results" else [1, 2, 3]
+        with pytest.raises(ValueError, match=f"x.part.*{words.removeprefix('x.part')}"):
+            list(continue_job(part, {}, units, str))
+        assert part.read_bytes() == whole + line
+
+
 def test_a_job_that_fails_keeps_what_it_has(tmp_path):
     """Fails if an error loses the results before it."""
     part = tmp_path / "x.part"
