@@ -76,21 +76,22 @@ class CLSGen(nn.Module):
         """Starts the score head as lm_head's row for "Yes" minus its row for "No".
 
         z is then the model's own log-odds of these two tokens, and both losses push h_P in the
-        same direction from the first step on (as in LM-BFF, arXiv 2012.15723). A random start
-        would push it anywhere, and a start at zero would give LoRA no gradient from the BCE in the
-        first step.
+        same direction from the first step on (as in LM-BFF, arXiv 2012.15723). A start at zero
+        would give LoRA no gradient from the BCE in the first step.
 
-        label_ids: the token ids of "No." and of "Yes.". Where two words begin with the same
-        tokens, the first tokens that differ are taken, and z is their log-odds only roughly; if
-        none differ, the head starts at zero.
+        label_ids: the token ids of "No." and of "Yes.". Where both begin with the same tokens, z is
+        their log-odds only roughly.
         """
         weight = self.model.output_weight()  # (V, D)
-        self.score.weight.zero_()
-        no_ids, yes_ids = label_ids
-        for no, yes in zip(no_ids, yes_ids, strict=False):
-            if no != yes:
-                self.score.weight.copy_(weight[yes].float() - weight[no].float())
-                return
+        _, no, yes = first_difference(label_ids)
+        self.score.weight.copy_(weight[yes].float() - weight[no].float())
+
+    def start_head_at_random(self):
+        """Starts the score head from N(0, 0.02^2), as Hugging Face's classification heads do.
+
+        It then knows nothing of the label words, and its first steps push h_P anywhere.
+        """
+        nn.init.normal_(self.score.weight, std=0.02)
 
     def parameters_by_part(self):
         """All parameters by their part in training, {part: {name: parameter}}.
@@ -107,6 +108,19 @@ class CLSGen(nn.Module):
                 part = "frozen"
             parts[part][name] = parameter
         return parts
+
+
+def first_difference(label_ids):
+    """(place, no, yes): where the token ids of "No." and "Yes." first differ, and by which ids.
+
+    Most words differ in their first token: place is 0.
+    """
+    pairs = zip(*label_ids, strict=False)
+    for place, (no, yes) in enumerate(pairs):
+        if no != yes:
+            return place, no, yes
+    raise ValueError("the label words begin with the same tokens, up to the end of one of them; "
+                     "choose others with --labels")
 
 
 def states_at(hidden, positions):
@@ -138,6 +152,26 @@ def joint_loss(z, y, logits, targets, n_examples, n_tokens):
         "bce": bce / n_examples,
         "lm": cross_entropy / max(n_tokens, 1),  # without answer tokens it is 0 / 1, and not 0 / 0
     }
+
+
+def label_loss(logits, batch, label_ids, over, n_examples):
+    """One more term for plain generative fine-tuning: the label's token, as a mean over examples.
+
+    In the LM loss this token is one of n; here it weighs as much as the BCE does. That is the
+    comparison that asks what the score head adds.
+
+    logits (A, V) of the batch's answer tokens. over: "vocabulary", the cross-entropy over all V
+    tokens, or "words", over the two label words only. n_examples: of the whole step.
+    """
+    place, no, yes = first_difference(label_ids)
+    label_positions = batch.prompt_end[batch.answer_rows] + place  # (A,)
+    is_label = batch.answer_positions == label_positions
+    logits = logits[is_label].float()  # (B, V), if every row has an answer
+    targets = batch.targets[is_label]
+    if over == "words":
+        logits = logits[:, [no, yes]]
+        targets = (targets == yes).long()
+    return F.cross_entropy(logits, targets, reduction="sum") / n_examples
 
 
 def total_loss(terms, weights):

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clsgen import CLSGen, add_lora, joint_loss, total_loss
+from clsgen import CLSGen, add_lora, joint_loss, label_loss, total_loss
 from data import collate, encode_rows, read_rows, split_valid
 from metrics import auroc, calibrated, collapse, score_metrics, sigmoid
 from plumbing.adapter import load_adapter
@@ -61,7 +61,10 @@ def main(argv=None):
     llama = load_llama(args.model, dtype, device)
     llama.checkpointing = args.checkpointing
     model = CLSGen(add_lora(llama, args.rank, args.alpha, args.targets))
-    model.start_head(prompts.label_ids)
+    if args.head_start == "random":
+        model.start_head_at_random()
+    else:
+        model.start_head(prompts.label_ids)
     if args.init_adapter and not args.resume:
         load_adapter(model, Path(args.init_adapter) / "adapter_model.safetensors", need_head=False)
     parts = model.parameters_by_part()
@@ -99,7 +102,7 @@ def main(argv=None):
             # one optimizer step
             examples = [train[i] for i in order[(step - 1) * args.batch : step * args.batch]]
             share = schedule(step - 1, steps, args.warmup)  # of the peak learning rates
-            losses = train_step(wrapped, optimizer, examples, share, args, device, ranks)
+            losses = train_step(wrapped, optimizer, examples, share, args, prompts, device, ranks)
             losses = ranks.total(losses, device)
             state["step"] = step
             state["tokens"] += sum(len(example) for example in examples)
@@ -109,9 +112,9 @@ def main(argv=None):
             # measure: every rank repeats all of it, so that all see the same numbers
             validates = step % valid_every == 0 or step == steps
             if validates:
-                measured, z = validate(model, valid, device, valid_size)
+                measured, z = validate(model, valid, valid_size, args, prompts, device)
                 if not trains_head(args):  # the numbers of an untrained head mean nothing
-                    measured = {name: None for name in measured} | {"lm": measured["lm"]}
+                    measured.update({"bce": None, "auroc": None})
                 measured.update(watch_text(model, prompts, watched_rows, valid_size))
                 log.validation(step, measured)
 
@@ -145,7 +148,7 @@ def main(argv=None):
 
 
 # --- one step -------------------------------------------------------------------------------------
-def train_step(model, optimizer, examples, share, args, device, ranks):
+def train_step(model, optimizer, examples, share, args, prompts, device, ranks):
     """One optimizer step over `examples` -> this rank's part of each loss term, {name: number}.
 
     The terms are means over the whole step: all micro-batches of all ranks. share: the factor on
@@ -162,8 +165,7 @@ def train_step(model, optimizer, examples, share, args, device, ranks):
         batch = collate(micro, device)
         is_last = micro is micros[-1]
         with nullcontext() if is_last else ranks.no_sync(model):  # gradients are shared once a step
-            z, logits = model(batch)
-            terms = joint_loss(z, batch.labels, logits, batch.targets, n_examples, n_tokens)
+            _, terms = forward(model, batch, n_examples, n_tokens, args, prompts)
             loss = total_loss(terms, loss_weights(args))
             if not loss.isfinite():
                 raise ValueError(f"the loss is {loss.item()}; rows: {ids_of(micro)}")
@@ -183,6 +185,15 @@ def train_step(model, optimizer, examples, share, args, device, ranks):
     optimizer.step()
     optimizer.zero_grad()
     return losses
+
+
+def forward(model, batch, n_examples, n_tokens, args, prompts):
+    """(z (B,), the loss terms by name) of a batch. The two counts are those of the whole step."""
+    z, logits = model(batch)
+    terms = joint_loss(z, batch.labels, logits, batch.targets, n_examples, n_tokens)
+    if args.label_loss:
+        terms["label"] = label_loss(logits, batch, prompts.label_ids, args.label_loss, n_examples)
+    return z, terms
 
 
 def micro_batches(examples, size):
@@ -244,7 +255,7 @@ def copies(parameters):
 
 # --- validation -----------------------------------------------------------------------------------
 @torch.inference_mode()
-def validate(model, examples, device, size):
+def validate(model, examples, size, args, prompts, device):
     """(the loss terms and the AUROC by name, uncalibrated logits z (N,)) of all examples."""
     n_tokens = count_answer_tokens(examples)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
@@ -253,8 +264,7 @@ def validate(model, examples, device, size):
     for start in range(0, len(order), size):
         indices = order[start : start + size]
         batch = collate([examples[i] for i in indices], device)
-        z, logits = model(batch)
-        terms = joint_loss(z, batch.labels, logits, batch.targets, len(examples), n_tokens)
+        z, terms = forward(model, batch, len(examples), n_tokens, args, prompts)
         for name, term in terms.items():
             measured[name] = measured.get(name, 0.0) + term.item()
         all_z[indices] = z.cpu()

@@ -37,10 +37,14 @@ def parse(argv=None):
     add("--targets", nargs="+", default=list(TARGETS), choices=TARGETS, metavar="PROJ",
         help="projections that LoRA wraps")
     add("--init-adapter", help="start from a LoRA adapter of peft: with its rank, alpha, targets")
+    add("--head-start", default="label-words", choices=["label-words", "random"],
+        help="initial score head: lm_head's row for the word of class 1 minus that of class 0")
     add("--checkpointing", action="store_true", help="recompute activations: less memory, slower")
     # loss
     add("--cls-weight", type=float, default=1.0, help="of the score head's BCE")
     add("--lm-weight", type=float, default=1.0, help="of the explanations' cross-entropy")
+    add("--label-loss", choices=["vocabulary", "words"], help="with --cls-weight 0: one more term, "
+        "the cross-entropy of the label's token over all tokens, or over the two label words")
     # steps
     add("--epochs", type=float, default=3.0, help="passes over the training rows")
     add("--batch", type=int, default=16, help="rows of one optimizer step")
@@ -120,6 +124,9 @@ def check_arguments(args):
 
     if not any(loss_weights(args).values()):
         problems.append("--cls-weight and --lm-weight are both 0: nothing would train")
+    if args.label_loss and trains_head(args):
+        problems.append("--label-loss is for --cls-weight 0: next to the score head's BCE, "
+                        "the label would count twice")
     if args.keep_best and not trains_head(args):
         problems.append("--keep-best goes by the BCE, which --cls-weight 0 does not train")
 

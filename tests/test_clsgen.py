@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from clsgen import (
-    TARGETS, CLSGen, add_lora, choose_token, joint_loss, total_loss)
+    TARGETS, CLSGen, add_lora, choose_token, first_difference, joint_loss, label_loss, total_loss)
 from data import Example, collate, encode_rows
 from plumbing.checkpoint import load_llama
 from prompts import Prompts
@@ -49,7 +49,7 @@ def test_lora_equals_peft(tiny, targets):
 
 
 @pytest.mark.parametrize("ids, first", [
-    (([7, 4], [9, 4]), (7, 9)), (([5, 7, 4], [5, 9, 4]), (7, 9)), (([5, 4], [5, 4, 6, 4]), None)])
+    (([7, 4], [9, 4]), (7, 9)), (([5, 7, 4], [5, 9, 4]), (7, 9))])
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
 def test_the_head_starts_as_the_models_own_log_odds(tmp_path, tied, ids, first):
@@ -58,8 +58,48 @@ def test_the_head_starts_as_the_models_own_log_odds(tmp_path, tied, ids, first):
     model = CLSGen(load_llama(tmp_path, torch.float32))
     model.start_head(ids)
     z, logits = model(collate([Example(0, [3, 4, 5], [6], 1, 0)], "cpu"))
-    odds = logits[0, first[1]] - logits[0, first[0]] if first else 0.0
-    assert z.item() == near(odds)
+    assert z.item() == near(logits[0, first[1]] - logits[0, first[0]])
+
+
+def test_label_words_that_never_differ_are_refused():
+    """Fails if two words without a differing token silently give a head or a loss of nothing."""
+    with pytest.raises(ValueError, match="--labels"):
+        first_difference(([5, 4], [5, 4, 6, 4]))
+
+
+@pytest.mark.parametrize("over", ["vocabulary", "words"])
+def test_label_loss_is_the_mean_cross_entropy_of_the_label_token(tiny, over):
+    """Fails if another position is read, the words change places, or it is a mean over tokens."""
+    examples = [Example(0, [3, 4, 5], [5, 9, 6, 2], 1, 0), Example(1, [3, 4], [5, 7, 2], 0, 0),
+                Example(2, [3, 4, 8], [], 1, 0)]
+    batch = collate(examples)
+    logits = torch.randn(7, 11)
+    found = label_loss(logits, batch, ([5, 7], [5, 9]), over, 2)
+    columns = [7, 9] if over == "words" else list(range(11))
+    expected = 0.0
+    for position, target in ((1, 9), (5, 7)):  # the second answer token of either row
+        chosen = logits[position, columns]
+        expected -= chosen.log_softmax(0)[columns.index(target)] / 2
+    torch.testing.assert_close(found, expected)
+
+
+def test_from_the_label_words_the_bce_is_the_loss_between_the_words(tiny, rows):
+    """Fails if the claim in docs/results.md is wrong: with a head at the label words, LoRA's
+    gradient from the BCE is that from the cross-entropy of the two words."""
+    prompts = Prompts(tiny)
+    model = make(tiny)
+    model.start_head(prompts.label_ids)
+    explained = [row for row in rows if "explanation" in row][:4]
+    batch = collate(encode_rows(explained, prompts))
+    lora = list(model.parameters_by_part()["lora"].values())
+    z, logits = model(batch)
+    bce = joint_loss(z, batch.labels, logits, batch.targets, 4, 1)["bce"]
+    words = label_loss(logits, batch, prompts.label_ids, "words", 4)
+    pairs = zip(torch.autograd.grad(bce, lora, retain_graph=True),
+                torch.autograd.grad(words, lora), strict=True)
+    torch.testing.assert_close(bce, words)
+    for from_head, from_words in pairs:
+        torch.testing.assert_close(from_head, from_words, atol=1e-6, rtol=1e-4)
 
 
 def test_what_trains_is_a_partition(fresh):

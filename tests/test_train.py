@@ -109,6 +109,30 @@ def test_the_baselines_are_the_same_loop(tiny, rows, tmp_path, weight, scorer):
         assert torch.equal(*heads) and torch.equal(heads[0], untrained.score.weight)
 
 
+def test_label_loss_is_one_more_term_of_steps_and_validation(tiny, rows, tmp_path):
+    """Fails if the ablation trains without its term, or the log leaves it out."""
+    path = write_rows(tmp_path / "rows.jsonl", [row for row in rows if "explanation" in row])
+    for kind in ("vocabulary", "words"):
+        out = tmp_path / kind
+        main(arguments(tiny, path, out, "--cls-weight", 0, "--label-loss", kind))
+        steps = [line for line in log_of(out) if "bce" in line]
+        measured = [line["valid"] for line in log_of(out) if "valid" in line]
+        assert steps[-1]["label"] < steps[0]["label"] and measured[-1]["label"] > 0
+        assert measured[-1]["bce"] is None
+    assert load_run(tmp_path / "words").fitted.scorer == "label_token"
+
+
+def test_a_random_head_starts_elsewhere_by_the_seed(tiny, rows_file, tmp_path):
+    """Fails if --head-start is ignored, or the start does not follow from the seed."""
+    heads = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        flags = ("--head-start", "random", "--head-lr", 1e-12, "--seed", seed)
+        main(arguments(tiny, rows_file, tmp_path / name, *flags))
+        heads.append(load_run(tmp_path / name).model.score.weight)
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+    assert 0.01 < heads[0].std() < 0.03
+
+
 def test_label_only_rows_have_no_place_in_lm_only_training(tiny, rows_file, tmp_path):
     """Fails if --cls-weight 0 silently trains on fewer rows than it was given."""
     with pytest.raises(ValueError, match="rows have none, the first is"):
@@ -119,7 +143,8 @@ def test_validation_without_explanations_has_no_lm_loss(tiny):
     """Fails if rows without an answer token are reported as texts that are predicted perfectly."""
     model = CLSGen(add_lora(load_llama(tiny, torch.float32), 2, 4.0))
     examples = [Example(i, [3, 4, 5], [], i % 2, 0) for i in range(4)]
-    measured, z = validate(model, examples, torch.device("cpu"), 2)
+    args = parse(["--data", "rows.jsonl"])
+    measured, z = validate(model, examples, 2, args, Prompts(tiny), torch.device("cpu"))
     assert measured["lm"] is None and measured["bce"] > 0 and z.shape == (4,)
 
 
