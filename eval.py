@@ -99,7 +99,7 @@ def main(argv=None):
             if len(loaders) > 1:
                 scorer = f"{name} {scorer}"
             columns[scorer] = metrics
-        lines += prediction_lines(rows, scored.predictions)
+        lines += prediction_lines(rows, scored)
         write_atomically(args.out / "predictions.jsonl", "".join(lines))
         del run  # makes room for the next one
 
@@ -294,11 +294,20 @@ def remove_parts(out):
         path.unlink()
 
 
-def prediction_lines(rows, predictions):
-    """The lines of predictions.jsonl: each record, and the group of its row."""
+def prediction_lines(rows, scored):
+    """The lines of predictions.jsonl: each record, the row's group, the loss of its explanation."""
+    sums = scored.nll_sums()
+    if sums is None:
+        sums = np.zeros((len(rows), 2))
+
     lines = []
-    for row, prediction in zip(rows, predictions, strict=True):
-        record = {**prediction, "group": row.get("group")}
+    for row, prediction, (nll, tokens) in zip(rows, scored.predictions, sums, strict=True):
+        record = {
+            **prediction,
+            "group": row.get("group"),
+            "reference_nll": float(nll),
+            "reference_tokens": int(tokens),
+        }
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     return lines
 

@@ -1,12 +1,16 @@
-"""Real results: all systems on one data set, trained, evaluated and put into one JSON file.
+"""Real results: every system on every data set, trained and evaluated, one JSON file each.
 
-    python benchmarks/real.py discharge                   # into runs/real, then results/*.json
-    python benchmarks/real.py esnli --folder data/esnli   # its train.jsonl; valid.jsonl as the test
-    python benchmarks/real.py discharge --sweep 0.1 1 3   # LM weights, on the validation rows only
+    python benchmarks/real.py --all --folder data    # everything; the same command continues
+    python benchmarks/real.py notes                  # one data set; the notes are bundled
+    python benchmarks/result_tables.py               # the tables of what is done
 
-The systems: majority, bag of words, the base model zero-shot, LM-only, cls-only and CLSGen, on the
-same rows, all calibrated on the same validation rows. What is done already is not done again, and a
-stopped training continues. Run it from the folder of train.py. Needs scikit-learn.
+A job is one system on one data set with one seed: it trains, evaluates, and writes one file of
+results/. A job whose file exists is skipped. --jobs of them run at a time, with one thread each.
+Ctrl-C stops them cleanly: a training saves its step, and the same command continues with it.
+
+The rows are those of examples/public_data.py: --folder has esnli/, comve/, pubmedqa/ and
+clinifact/, each with train.jsonl and test.jsonl. Validation rows are split off train.jsonl, and all
+systems see the same rows. Run it from the folder of train.py. Needs scikit-learn.
 """
 
 import argparse
@@ -15,9 +19,12 @@ import os
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,138 +34,141 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from data import read_rows, split_valid  # noqa: E402
-from eval import print_tables  # noqa: E402
+from metrics import none_if_undefined, score_metrics  # noqa: E402
 from plumbing.files import read_json, write_atomically, write_json  # noqa: E402
-from plumbing.script import run_main  # noqa: E402
-from tfidf import NGRAMS, bag_of_words  # noqa: E402
+from plumbing.resume import STATE  # noqa: E402
+from plumbing.script import run_main, stop_signals, versions  # noqa: E402
 
-# rows: train on this many at most; held: this share of the training file is for calibration
-DATA = {
-    "discharge": {
-        "question": "Will the patient die within 30 days?",
-        "flags": "--epochs 3 --max-answer 64",
-    },
-    "esnli": {
-        "question": "Does the premise entail the hypothesis?",
-        "rows": 1500,
-        "held": 0.05,
-        "flags": "--epochs 2 --max-answer 80",
-    },
-    "pubmedqa": {
-        "question": "Is the answer to the question yes?",
-        "held": 0.2,
-        "flags": "--epochs 3 --max-answer 160",
-    },
-    "clinifact": {
-        "question": "Does the abstract report a positive result for the claim?",
-        "held": 0.15,
-        "flags": "--epochs 1 --max-answer 160",
-    },
+
+# --- what is run ----------------------------------------------------------------------------------
+@dataclass
+class DataSet:
+    """How a data set is used."""
+
+    question: str
+    epochs: float
+    seeds: int
+    max_answer: int  # tokens
+    rows: int | None = None  # train on this many at most
+    valid_share: float | None = None  # of train.jsonl; None: it has a valid.jsonl
+
+
+SETS = {
+    "notes": DataSet("Will the patient die within 30 days?", 3, seeds=3, max_answer=64, rows=1200),
+    "esnli": DataSet("Does the premise entail the hypothesis?", 2, seeds=3, max_answer=80,
+                     rows=1500, valid_share=0.05),
+    "comve": DataSet("Is the second statement the one against common sense?", 1, seeds=3,
+                     max_answer=48, rows=3000, valid_share=0.05),
+    "pubmedqa": DataSet("Is the answer to the question yes?", 3, seeds=1, max_answer=160,
+                        valid_share=0.2),
+    "clinifact": DataSet("Is the abstract evidence for the claim?", 1, seeds=1, max_answer=160,
+                         valid_share=0.15),
 }
-SPLITS = ("train", "valid", "test")
+
+# What is trained, and its flags. First those that ask what the second head adds
+ABLATION = {
+    "lm-only-vocabulary": "--cls-weight 0 --label-loss vocabulary",
+    "lm-only-words": "--cls-weight 0 --label-loss words",
+    "clsgen-random": "--head-start random",
+    "clsgen-label-words": "--head-start label-words",
+}
+OTHERS = {
+    "cls-only": "--lm-weight 0",
+    "lm-only": "--cls-weight 0",
+}
+TRAINED = ABLATION | OTHERS
+BASELINES = "baselines"  # majority and bags of words
+ZERO_SHOT = "zero-shot"  # the base model: its label token, and the confidence that it states
+
+FIRST_SETS = ("notes", "esnli")
+
+
+@dataclass
+class Job:
+    """One system on one data set, with one seed if it is trained."""
+
+    data: str
+    system: str
+    seed: int | None = None
+
+    @property
+    def title(self):
+        if self.seed is None:
+            return f"{self.data}-{self.system}"
+        return f"{self.data}-{self.system}-s{self.seed}"
+
+
+def all_jobs(names):
+    """All jobs of these data sets, in the order of work."""
+    first = [name for name in names if name in FIRST_SETS]
+    jobs = []
+    for name in first:
+        jobs += trained_jobs(name, ABLATION)
+    for name in first:
+        jobs += trained_jobs(name, OTHERS) + untrained_jobs(name)
+    for name in names:
+        if name not in first:
+            jobs += trained_jobs(name, TRAINED) + untrained_jobs(name)
+    return jobs
+
+
+def trained_jobs(name, systems):
+    """Seed by seed, so that a stop leaves whole comparisons."""
+    jobs = []
+    for seed in range(SETS[name].seeds):
+        for system in systems:
+            jobs.append(Job(name, system, seed))
+    return jobs
+
+
+def untrained_jobs(name):
+    return [Job(name, BASELINES), Job(name, ZERO_SHOT)]
 
 
 def main(argv=None):
     args = parse(argv)
     args.work.mkdir(parents=True, exist_ok=True)
-    paths = prepare(args.name, args.folder, args.work)
+    args.out.mkdir(parents=True, exist_ok=True)
+    names = list(SETS) if args.all else [args.name]
+    for name in names:
+        prepare(name, args)
 
-    # A run is named by its LM weight, or "cls" (weight 0) or "lm" (no classification loss)
-    runs = [args.weight, "cls", "lm"]
-    if args.sweep:
-        runs = ["cls", *args.sweep, "lm"]
-    costs = {}
-    for run in runs:
-        costs[run] = train(run, paths, args)
-    about = {
-        "costs": costs,
-        "cpus": os.cpu_count(),
-        "threads": threads_of(run_folder(runs[0], args)),
-        "processor": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
-    }
-
-    if args.sweep:
-        report_sweep(runs, about, args)
-    else:
-        report_test(runs, paths, about, args)
-
-
-def report_sweep(runs, about, args):
-    """What the runs have on the validation rows: to a JSON file, and as a table."""
-    found = {}
-    for run in runs:
-        found[run] = last_validation(run_folder(run, args))
-    write_json(args.out / f"real_{args.name}_sweep.json", {"validation": found, **about})
-
-    print("\n| LM weight | AUROC | log loss, raw | text NLL |\n|---|---|---|---|")
-    titles = {"cls": "0", "lm": "LM-only"}
-    for run, valid in found.items():
-        cells = [titles.get(run, run)]
-        for key in ("auroc", "bce", "lm"):
-            cells.append(number(valid.get(key)))
-        print("|", " | ".join(cells), "|")
-
-
-def report_test(runs, paths, about, args):
-    """What all systems have on the test rows: to a JSON file, and as tables."""
-    report, took = evaluate(runs, paths, args)
-    about["costs"]["eval"] = took
-    metrics = report["metrics"]
-    systems = {"majority": ("majority", None)}  # {title: (scorer in eval.json, run)}
-
-    # bags of words; of e-SNLI, also how far the hypothesis alone gets
-    rows = [read_rows(paths[split]) for split in ("train", "test", "valid")]
-    metrics.update(bag_of_words(*rows))
-    for name in NGRAMS:
-        systems[name] = (name, None)
-    if args.name == "esnli":
-        hypotheses = [[hypothesis(row) for row in part] for part in rows]
-        for name, found in bag_of_words(*hypotheses).items():
-            title = f"{name}, hypothesis only"
-            metrics[title] = found
-            systems[title] = (title, None)
-
-    # the models
-    systems["zero-shot"] = ("zero-shot label token", None)
-    systems["LM-only"] = (f"{run_folder('lm', args)} label token", "lm")
-    systems["cls-only"] = (f"{run_folder('cls', args)} head", "cls")
-    systems["CLSGen"] = (f"{run_folder(args.weight, args)} head", args.weight)
-
-    name = f"real_{args.name}"
-    if args.weight != "1":
-        name += f"_weight{args.weight}"
-    report.update(about)
-    write_json(args.out / f"{name}.json", report)
-    print_tables(metrics)
-    print_markdown(report, systems)
+    jobs = all_jobs(names)
+    left = [job for job in jobs if not result_path(job, args).exists()]
+    print(f"{len(jobs)} jobs, {len(jobs) - len(left)} done before", flush=True)
+    run_jobs(left, args)
 
 
 # --- rows -----------------------------------------------------------------------------------------
-def prepare(name, folder, work):
-    """{split: path} of the rows that all systems see."""
-    if name == "discharge":
-        return {split: Path("examples/discharge") / f"{split}.jsonl" for split in SPLITS}
-    paths = {split: work / f"{name}-{split}.jsonl" for split in SPLITS}
-    if all(path.exists() for path in paths.values()):
-        return paths
+def rows_path(name, split, args):
+    """Where the rows of a split lie that all systems see."""
+    if name == "notes":
+        return Path("examples/discharge") / f"{split}.jsonl"
+    return args.work / f"{name}-{split}.jsonl"
 
-    if folder is None:
-        raise ValueError(f"{name}: --folder is missing, with its train.jsonl and valid.jsonl")
-    rows = read_rows(folder / "train.jsonl")
-    test = read_rows(folder / "valid.jsonl")
-    train, valid = split_valid(rows, DATA[name]["held"], seed=0)
-    if "rows" in DATA[name]:
+
+def prepare(name, args):
+    """Writes the rows of a data set for all systems, the same bytes each time."""
+    if name == "notes":
+        return
+    folder = args.folder / name
+    about = SETS[name]
+    test = read_rows(folder / "test.jsonl")
+    train, valid = split_valid(read_rows(folder / "train.jsonl"), about.valid_share, seed=0)
+    if about.rows is not None:
         order = np.random.default_rng(0).permutation(len(train))
-        train = [train[i] for i in order[: DATA[name]["rows"]]]
+        train = [train[i] for i in order[: about.rows]]
 
-    for path, part in zip(paths.values(), (train, valid, test), strict=True):
+    splits = {"train": train, "valid": valid, "test": test}
+    if (folder / "test_swapped.jsonl").exists():
+        splits["swapped"] = read_rows(folder / "test_swapped.jsonl")
+    for split, rows in splits.items():
         lines = []
-        for row in part:
+        for row in rows:
             if name == "clinifact":  # it has no explanations
                 row = {**row, "explanation": conclusion(row["text"])}
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-        write_atomically(path, "".join(lines))
-    return paths
+        write_atomically(rows_path(name, split, args), "".join(lines))
 
 
 def conclusion(text):
@@ -178,201 +188,420 @@ def conclusion(text):
     return " ".join(found.split()[:80])
 
 
-def hypothesis(row):
-    """A row of e-SNLI without its premise."""
-    last_line = row["text"].split("\n")[-1]
-    return {**row, "text": last_line}
+# --- the steps of a job ---------------------------------------------------------------------------
+@dataclass
+class Step:
+    """One command of a job."""
+
+    name: str
+    command: list
+    result: Path  # exists once the step is done
+    resume: Callable = lambda: None  # the command that continues it, if it was stopped
 
 
-# --- work -----------------------------------------------------------------------------------------
-def run_folder(run, args):
-    return args.work / f"{args.name}-{run}"
+def job_folder(job, args):
+    return args.work / job.title
 
 
-def train(run, paths, args):
-    """Trains one run, or continues with it. Returns its cost."""
-    out = run_folder(run, args)
-    data = DATA[args.name]
-    flags = {"cls": "--lm-weight 0", "lm": "--cls-weight 0"}.get(run, f"--lm-weight {run}")
+def result_path(job, args):
+    return args.out / f"{job.title}.json"
+
+
+def steps_of(job, args):
+    """The commands of a job, in order."""
+    folder = job_folder(job, args)
+    train = rows_path(job.data, "train", args)
+    valid = rows_path(job.data, "valid", args)
+    test = rows_path(job.data, "test", args)
+    swapped = rows_path(job.data, "swapped", args)
+    run = folder / "run"
+
+    if job.system == BASELINES:
+        out = folder / "tfidf.json"
+        command = ["benchmarks/tfidf.py", "--data", train, "--valid", valid, "--test", test,
+                   "--out", out]
+        return [Step("bags of words", command, out)]
+
+    evaluate = ["eval.py", "--run", run, "--data", test, "--out", folder / "eval"]
+    if job.system == ZERO_SHOT:
+        # eval.py asks the base model with the prompts of a run: one that has trained for one step
+        flags = ["--epochs", 0.001]
+        evaluate += ["--model", args.model, "--valid", valid]
+    else:
+        flags = ["--epochs", SETS[job.data].epochs, "--seed", job.seed]
+        flags += TRAINED[job.system].split()
     command = [
         "train.py",
-        "--data", paths["train"],
-        "--valid", paths["valid"],
+        "--data", train,
+        "--valid", valid,
+        "--valid-rows", 1000,
         "--model", args.model,
-        "--question", data["question"],
-        *data["flags"].split(),
-        *flags.split(),
-        "--out", out,
+        "--question", SETS[job.data].question,
+        "--max-answer", SETS[job.data].max_answer,
+        *flags,
+        "--out", run,
     ]
-    resume = None
-    if (out / "resume" / "state.safetensors").exists():
-        resume = ["train.py", "--resume", out]
-    return cost(args.work / f"{out.name}.cost.json", command, resume)
 
+    def resume():
+        if (run / STATE).exists():
+            return ["train.py", "--resume", run]
 
-def evaluate(runs, paths, args):
-    """(eval.json of the runs and the base model on the test rows, its cost)."""
-    out = args.work / "-".join([args.name, "test", *runs])
-    command = [
-        "eval.py",
-        "--data", paths["test"],
-        "--model", args.model,
-        "--valid", paths["valid"],
-        "--out", out,
+    steps = [
+        Step("train", command, run / "clsgen.json", resume),
+        Step("eval", evaluate, folder / "eval" / "eval.json"),
     ]
-    for run in runs:
-        command += ["--run", run_folder(run, args)]
-    took = cost(args.work / f"{out.name}.cost.json", command)
-    return read_json(out / "eval.json"), took
+    if job.system == ZERO_SHOT:
+        return steps
+
+    # the rows that are not test rows: their numbers alone
+    predict = ["predict.py", "--run", run]
+    out = folder / "valid.jsonl"
+    steps.append(Step("valid", [*predict, "--data", valid, "--no-explain", "--out", out], out))
+    if swapped.exists():
+        out = folder / "swapped.jsonl"
+        steps.append(Step("swapped", [*predict, "--data", swapped, "--out", out], out))
+    return steps
 
 
-def cost(path, command, resume=None):
-    """Runs a command of ours: {"command", "status", "seconds", "peak_memory_gb"}, kept in `path`.
+# --- several jobs at a time -----------------------------------------------------------------------
+@dataclass
+class Running:
+    """A command of a job that runs now."""
 
-    What has ended well is not run again. resume: the command that continues it, if it was stopped.
-    The time adds up over the parts of a stopped run, except for a part that was killed together
-    with this script.
+    job: Job
+    step: Step
+    process: subprocess.Popen
+    started: float
+
+
+def run_jobs(pending, args):
+    """Runs the jobs, --jobs of them at a time. ValueError at the end if some have failed.
+
+    A failed job does not stop the others. The first Ctrl-C is passed on to all commands, which
+    save, and then it is raised.
     """
-    shown = shlex.join(map(str, command))
-    before = {"seconds": 0.0, "peak_memory_gb": 0.0}
-    if path.exists():
-        before = read_json(path)
-    if before.get("command", shown) != shown:
-        print(f"warning: {path} is of another command:\n  {before['command']}")
-    if before.get("status") == 0:
-        return before
+    pending = list(pending)
+    running = []
+    failed = []
+    with stop_signals() as caught:
+        is_passed_on = False
+        try:
+            while True:
+                # start
+                while pending and len(running) < args.jobs and not caught:
+                    go_on(pending.pop(0), running, failed, args)
 
-    words = [str(word) for word in resume or command]
-    print("\npython", shlex.join(words), flush=True)
-    started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *words])
+                # stop
+                if caught and not is_passed_on:
+                    is_passed_on = True
+                    for one in running:
+                        one.process.send_signal(signal.SIGINT)
+
+                # see what has ended
+                if not running:
+                    break
+                time.sleep(0.2)
+                for one in list(running):
+                    ended = wait_for(one, args)
+                    if ended is None:
+                        continue
+                    running.remove(one)
+                    if caught:
+                        continue
+                    if ended != 0 or not one.step.result.exists():
+                        report_failure(one.job, f"{one.step.name} has failed", failed, args)
+                        continue
+                    go_on(one.job, running, failed, args)
+        finally:  # a second Ctrl-C, or an error of ours
+            for one in running:
+                one.process.terminate()
+
+    if caught:
+        raise KeyboardInterrupt
+    if failed:
+        raise ValueError(f"not done: {', '.join(failed)}; see the logs in {args.work}")
+
+
+def go_on(job, running, failed, args):
+    """Starts the next step of a job, or writes its result if there is none."""
+    for step in steps_of(job, args):
+        if not step.result.exists():
+            running.append(start(job, step, args))
+            return
     try:
-        _, status, usage = os.wait4(process.pid, 0)
-    except KeyboardInterrupt:  # the process has got it, too, and saves
-        _, status, usage = os.wait4(process.pid, 0)
+        write_result(job, args)
+    except (ValueError, KeyError, OSError) as error:
+        report_failure(job, f"no result: {error!r}", failed, args)
+        return
+    print(f"{clock()} {job.title}: done", flush=True)
 
+
+def start(job, step, args):
+    """Starts a command with one thread, its output in the job's log."""
+    folder = job_folder(job, args)
+    folder.mkdir(exist_ok=True)
+    command = [str(word) for word in step.resume() or step.command]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    print(f"{clock()} {job.title}: {step.name}", flush=True)
+    with open(folder / "log.txt", "a") as log:
+        print(f"\n\n$ python {shlex.join(command)}", file=log, flush=True)
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,  # a terminal's Ctrl-C reaches this script alone
+        )
+    return Running(job, step, process, time.perf_counter())
+
+
+def wait_for(one, args):
+    """The exit code of a command, None while it runs. Its cost is added to the job's costs.
+
+    The time of a step adds up over its parts if it was stopped, except for a part that was killed
+    together with this script.
+    """
+    pid, status, usage = os.wait4(one.process.pid, os.WNOHANG)
+    if pid == 0:
+        return None
+    one.process.returncode = os.waitstatus_to_exitcode(status)
+
+    costs = read_costs(one.job, args)
+    before = costs.get(one.step.name, {"seconds": 0.0, "peak_memory_gb": 0.0})
     bytes_per_unit = 1 if sys.platform == "darwin" else 1024
     peak = usage.ru_maxrss * bytes_per_unit / 1e9
-    result = {
-        "command": shown,
-        "status": status,
-        "seconds": before["seconds"] + time.perf_counter() - started,
-        "peak_memory_gb": max(before["peak_memory_gb"], peak),
+    costs[one.step.name] = {
+        "command": shlex.join(["python", *map(str, one.step.command)]),
+        "commit": commit(),
+        "seconds": round(before["seconds"] + time.perf_counter() - one.started, 1),
+        "peak_memory_gb": round(max(before["peak_memory_gb"], peak), 3),
     }
-    write_json(path, result)
-    if status:
-        raise ValueError(f"exit code {os.waitstatus_to_exitcode(status)}: {shown}")
-    return result
+    write_json(job_folder(one.job, args) / "costs.json", costs)
+    return one.process.returncode
 
 
-def read_log(folder):
-    with open(folder / "log.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+def read_costs(job, args):
+    path = job_folder(job, args) / "costs.json"
+    return read_json(path) if path.exists() else {}
 
 
-def threads_of(folder):
-    """How many threads a run was trained with."""
-    first, *_ = read_log(folder)
-    return first["config"]["threads"]
+def report_failure(job, reason, failed, args):
+    failed.append(job.title)
+    print(f"{clock()} {job.title}: {reason}; see {job_folder(job, args)}/log.txt", flush=True)
 
 
-def last_validation(folder):
+def clock():
+    return time.strftime("%H:%M:%S")
+
+
+def commit():
+    """The commit of the code, with a mark if a tracked file has changed since."""
+    def git(*words):
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return git("rev-parse", "HEAD") + (" and changes" if changed else "")
+
+
+# --- the result of a job --------------------------------------------------------------------------
+def write_result(job, args):
+    """Writes the one file of a job: what was run, what it cost, the metrics, the rows' numbers.
+
+    From these numbers another version of the metrics can be computed without any training.
+    """
+    result = {
+        "data": job.data,
+        "system": job.system,
+        "seed": job.seed,
+        "hardware": {
+            "processor": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
+            "cpus": os.cpu_count(),
+            "threads": 1,
+            "jobs": args.jobs,
+        },
+        "versions": versions(),
+        "costs": read_costs(job, args),
+    }
+    if job.system == BASELINES:
+        result.update(baseline_numbers(job, args))
+    else:
+        result.update(model_numbers(job, args))
+
+    lines = []
+    for key, value in result.items():
+        lines.append(f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")
+    write_atomically(result_path(job, args), "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def model_numbers(job, args):
+    """The metrics and the rows' numbers of a run, or of the base model."""
+    folder = job_folder(job, args)
+    report = read_json(folder / "eval" / "eval.json")
+    predictions = read_lines(folder / "eval" / "predictions.jsonl")
+    numbers = {"metrics": report["metrics"]}
+
+    if job.system == ZERO_SHOT:
+        numbers["metrics"] = {}
+        for scorer, metrics in report["metrics"].items():
+            if scorer.startswith(ZERO_SHOT):  # the others are those of the run that asks
+                numbers["metrics"][scorer] = metrics
+        predictions = [one for one in predictions if one["run"] == ZERO_SHOT]
+    else:
+        about = read_json(folder / "run" / "clsgen.json")
+        for key in ("scorer", "calibration", "threshold", "base_rate"):
+            numbers[key] = about[key]
+        numbers["last_validation"] = last_validation(folder / "run")
+        valid_rows = read_lines(folder / "valid.jsonl")
+        numbers["valid"] = columns(valid_rows)
+
+    numbers["test"] = columns(predictions, is_test=True)
+    numbers["unseen_groups"] = unseen(job, predictions, args)
+    if (folder / "swapped.jsonl").exists():
+        swapped = read_lines(folder / "swapped.jsonl")
+        numbers["swapped"] = compare_swapped(predictions, swapped)
+    return numbers
+
+
+def baseline_numbers(job, args):
+    """The metrics and the rows' numbers of majority and bags of words."""
+    found = read_json(job_folder(job, args) / "tfidf.json")
+    train = read_rows(rows_path(job.data, "train", args))
+    test = read_rows(rows_path(job.data, "test", args))
+    valid = read_rows(rows_path(job.data, "valid", args))
+    y = [row["label"] for row in test]
+    groups = [row.get("group") for row in test]
+
+    base_rate = float(np.mean([row["label"] for row in train]))
+    majority = score_metrics(y, np.full(len(y), base_rate), groups=groups)
+    numbers = {"metrics": {"majority": majority, **found["metrics"]}, "base_rate": base_rate}
+
+    rows = {"id": [row["id"] for row in test], "group": groups, "label": y}
+    if not any(groups):
+        del rows["group"]
+    valid_columns = {
+        "id": [row["id"] for row in valid],
+        "label": [row["label"] for row in valid],
+    }
+    for scorer, logits in found["logits"].items():
+        rows[f"{scorer}: z"] = [round(z, 4) for z in logits["test"]]
+        rows[f"{scorer}: calibrated_z"] = [logit(p) for p in logits["p"]]
+        valid_columns[f"{scorer}: z"] = [round(z, 4) for z in logits["valid"]]
+    return {**numbers, "test": rows, "valid": valid_columns}
+
+
+def columns(predictions, is_test=False):
+    """Records of predictions as {column: a value of each row}.
+
+    z and calibrated_z are the logits of the run's own score before and after calibration, token_z
+    those of the label words.
+    """
+    found = {
+        "id": [one["id"] for one in predictions],
+        "label": [one["true_label"] for one in predictions],
+        "z": [logit(one["raw_probability"]) for one in predictions],
+        "token_z": [logit(one["label_token_probability"]) for one in predictions],
+    }
+    if not is_test:
+        return found
+
+    groups = [one["group"] for one in predictions]
+    if any(groups):
+        found["group"] = groups
+    found["calibrated_z"] = [logit(one["probability"]) for one in predictions]
+    found["stated"] = [one["stated_label"] for one in predictions]
+    # the loss of the reference explanation, a sum over its tokens
+    found["nll"] = [round(one["reference_nll"], 3) for one in predictions]
+    found["tokens"] = [one["reference_tokens"] for one in predictions]
+    return found
+
+
+def logit(p):
+    p = min(max(p, 1e-15), 1 - 1e-15)
+    return round(float(np.log(p) - np.log1p(-p)), 4)
+
+
+def unseen(job, predictions, args):
+    """Metrics of the test rows whose group no training or validation row has.
+
+    None if there are no groups, or if all test rows are such rows.
+    """
+    known = set()
+    for split in ("train", "valid"):
+        for row in read_rows(rows_path(job.data, split, args)):
+            known.add(row.get("group"))
+    rows = [one for one in predictions if one["group"] not in known]
+    if len(rows) in (0, len(predictions)):
+        return None
+
+    y = np.array([one["true_label"] for one in rows])
+    p = np.array([one["probability"] for one in rows])
+    groups = [one["group"] for one in rows]
+
+    def measure(y, p):
+        return score_metrics(y, p, groups=groups)
+
+    return {"n": len(rows), "metrics": none_if_undefined(measure, y, p)}
+
+
+def compare_swapped(predictions, swapped):
+    """How a run answers to pairs in the other order, which should make p become 1 - p.
+
+    The rows meet by their ids, "x" and "x-swapped". Decisions are those at the run's threshold.
+    """
+    of_id = {one["id"]: one for one in swapped}
+    others = [of_id[f"{one['id']}-swapped"] for one in predictions]
+    pairs = list(zip(predictions, others, strict=True))
+
+    sums = []
+    flips = []
+    text_flips = []
+    for one, other in pairs:
+        sums.append(one["probability"] + other["probability"])
+        flips.append(one["label"] != other["label"])
+        stated = {one["stated_label"], other["stated_label"]}
+        text_flips.append(stated == {0, 1})
+    return {
+        "distance_from_one": float(np.mean(np.abs(np.array(sums) - 1))),
+        "decision_flips": float(np.mean(flips)),
+        "text_flips": float(np.mean(text_flips)),
+        "z": [logit(other["raw_probability"]) for other in others],
+        "stated": [other["stated_label"] for other in others],
+    }
+
+
+def last_validation(run):
     """What train.py measured on all validation rows after its last step, nothing fitted."""
-    validations = [line["valid"] for line in read_log(folder) if "valid" in line]
+    validations = [line["valid"] for line in read_lines(run / "log.jsonl") if "valid" in line]
     return validations[-1]
 
 
-# --- tables ---------------------------------------------------------------------------------------
-PROBABILITY = {  # heading: a metric, or several, of which those after the first stand in brackets
-    "AUROC": "auroc",
-    "AP": "average_precision",
-    "F1": "f1",
-    "log loss": "log_loss",
-    "Brier": "brier",
-    "ECE [of a perfect p: mean, 95 %]": "ece ece_floor ece_floor_q95",
-}
-TEXT = {
-    "alignment": "auroc_alignment",
-    "kappa": "kappa",
-    "states a label": "parsable",
-    "distinct-2": "distinct_2",
-    "rep-4": "rep_4",
-    "reference NLL": "reference_nll",
-    "KL from base": "base_kl",
-}
-
-
-def print_markdown(report, systems):
-    """Two tables for a README from eval.json and the costs: the probability; the text and costs."""
-    print_header(PROBABILITY)
-    for title, (scorer, _) in systems.items():
-        print_line(title, cells(report["metrics"][scorer], PROBABILITY))
-
-    print_header([*TEXT, "minutes", "GB"])
-    for title, (scorer, run) in systems.items():
-        line = cells(report["metrics"][scorer], TEXT)
-        if run is not None:
-            took = report["costs"][run]
-            line.append(f"{took['seconds'] / 60:.0f}")
-            line.append(f"{took['peak_memory_gb']:.1f}")
-        print_line(title, line)
-
-
-def print_header(names):
-    print(f"\n| | {' | '.join(names)} |")
-    print(f"|{'---|' * (1 + len(names))}")
-
-
-def print_line(title, line):
-    if any(line):
-        print(f"| {title} | {' | '.join(line)} |")
-
-
-def cells(metrics, columns):
-    """The cells of one system: a value, and in brackets its interval or the other values."""
-    line = []
-    for names in columns.values():
-        first, *others = names.split()
-        more = [metrics.get(name) for name in others]
-        if not others:
-            more = metrics["intervals"].get(first, ())
-
-        text = number(metrics.get(first))
-        in_brackets = [number(value) for value in more]
-        if any(in_brackets):
-            text += f" [{', '.join(in_brackets)}]"
-        line.append(text)
-    return line
-
-
-def number(value):
-    """Three decimals, without the zero before the point; "" for None."""
-    if value is None:
-        return ""
-    return f"{value:.3f}".lstrip("0")
+def read_lines(path):
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 # --- arguments ------------------------------------------------------------------------------------
-def weight(text):
-    """A flag's LM weight, as it was written: it names the run's folder."""
-    if not 0 < float(text) < float("inf"):
-        raise ValueError(text)
-    return text
-
-
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("name", choices=DATA, help="data set")
-    add("--folder", type=Path, help="of its train.jsonl and valid.jsonl; discharge is bundled")
+    add("name", nargs="?", choices=SETS, help="one data set")
+    add("--all", action="store_true", help="all data sets")
+    add("--folder", type=Path, help="has a folder of rows for each data set but the notes")
     add("--model", type=Path, default=Path("models/smollm2-135m"), help="folder of the base")
-    add("--weight", type=weight, default="1", help="LM weight of CLSGen")
-    add("--sweep", nargs="+", type=weight, metavar="WEIGHT",
-        help="LM weights next to 0, on validation rows; reads no test row")
+    add("--jobs", type=int, default=2, help="so many at a time, with one thread each")
     add("--work", type=Path, default=Path("runs/real"), help="folder of the runs")
-    add("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON")
-    return parser.parse_args(argv)
+    add("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON files")
+    args = parser.parse_args(argv)
+
+    if args.all == (args.name is not None):
+        raise ValueError("give the name of one data set, or --all")
+    if args.name != "notes" and args.folder is None:
+        raise ValueError("--folder is missing: the rows of examples/public_data.py")
+    if args.jobs < 1:
+        raise ValueError(f"--jobs is {args.jobs}, expected 1 or more")
+    return args
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, when_stopped="stopped; the same command continues")

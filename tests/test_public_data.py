@@ -52,7 +52,8 @@ COLUMNS = ("nctId,outcome_title,outcome_timeFrame,intervention_group_title,"
            "article_abstract")
 TRIALS = f"""\
 {COLUMNS}
-NCT1,Change in Pain,12 weeks,Drug,Placebo,1,['0.0123'],"['Superiority or Other', 'Other']",7,A trial,\
+NCT1,Change in Pain,12 weeks,Drug,Placebo,1,['0.0123'],"['Superiority or Other', 'Other']",7,\
+A trial,\
 "BACKGROUND: Pain, it hurts.
 CONCLUSION: Less of it."
 NCT2,Change in Pain,"6, 9 weeks",Drug,Placebo,2,['0.0123'],['Superiority'],8,Pain,Pain is bad.

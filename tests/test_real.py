@@ -1,0 +1,192 @@
+"""benchmarks/real.py and its tables: jobs that stop and continue, and what their files hold.
+
+The trainings are of the tiny model, on forty rows.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, write_rows
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import real  # noqa: E402
+import result_tables  # noqa: E402
+
+SETS = {"comve": real.DataSet("Is it bad?", 40, seeds=1, max_answer=64, rows=24, valid_share=0.4)}
+TRAINED = {
+    "lm-only-words": "--cls-weight 0 --label-loss words --rank 2",
+    "clsgen-label-words": "--head-start label-words --rank 2",
+}
+RUNS = [f"comve-{system}-s0" for system in TRAINED]
+
+# real.py as a command, with these sets and systems instead of its own
+SCRIPT = f"""
+import sys
+sys.path.insert(0, "benchmarks")
+import real
+from plumbing.script import run_main
+from real import DataSet
+real.SETS = {SETS}
+real.TRAINED = {TRAINED}
+run_main(real.main, when_stopped="stopped; the same command continues")
+"""
+
+
+@pytest.fixture
+def folder(rows, tmp_path):
+    """A data folder as examples/public_data.py writes it, every row with an explanation."""
+    explained = [{"explanation": "It is so.", **row} for row in rows]
+    data = tmp_path / "data" / "comve"
+    data.mkdir(parents=True)
+    write_rows(data / "train.jsonl", explained)
+    test = [{**row, "id": f"t{row['id']}", "group": f"new {row['group']}"} for row in explained]
+    test[:6] = [{**row, "group": f"g{i // 2}"} for i, row in enumerate(test[:6])]
+    write_rows(data / "test.jsonl", test)
+    swapped = [{**row, "id": f"{row['id']}-swapped", "label": 1 - row["label"]} for row in test]
+    write_rows(data / "test_swapped.jsonl", swapped)
+    return tmp_path
+
+
+def flags(folder, model):
+    return ["comve", "--folder", str(folder / "data"), "--model", str(model),
+            "--work", str(folder / "work"), "--out", str(folder / "out")]
+
+
+def test_stop_and_continue_with_two_jobs(folder, tiny, monkeypatch, capsys):
+    """Fails if Ctrl-C loses a step or leaves a command running, if what is done is done again, or
+    if a result lacks what a later table needs."""
+    command = [sys.executable, "-c", SCRIPT, *flags(folder, tiny)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    logs = [folder / "work" / title / "run" / "log.jsonl" for title in RUNS]
+    while process.poll() is None and not all(has_steps(log) for log in logs):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate()
+    assert process.returncode == 130, (out, error)
+    assert "the same command continues" in error
+    assert not list((folder / "out").glob("*.json"))
+    for log in logs:
+        assert (log.parent / "resume" / "state.safetensors").exists()
+
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for log in logs:
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        steps = [line["step"] for line in lines if "lr" in line]
+        assert steps == list(range(1, len(steps) + 1))
+        assert "--resume" in (log.parents[1] / "log.txt").read_text()
+
+    names = {path.stem for path in (folder / "out").glob("*.json")}
+    assert names == {*RUNS, "comve-baselines", "comve-zero-shot"}
+    check_result(folder / "out" / "comve-clsgen-label-words-s0.json", folder)
+    zero_shot = json.loads((folder / "out" / "comve-zero-shot.json").read_text())
+    assert "zero-shot label token" in zero_shot["metrics"]
+    assert all(name.startswith("zero-shot") for name in zero_shot["metrics"])
+
+    # given once more, there is nothing to do
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(real, "SETS", SETS)
+    monkeypatch.setattr(real, "TRAINED", TRAINED)
+    real.main(flags(folder, tiny))
+    assert "4 jobs, 4 done before" in capsys.readouterr().out
+
+    result_tables.main(["--results", str(folder / "out"), "--draws", "20"])
+    tables = capsys.readouterr().out
+    assert "| CLSGen, from the label words | 1 | " in tables
+    assert "rows of groups that training has not seen" in tables
+    assert "swapped pairs" in tables
+
+
+def has_steps(log):
+    return log.exists() and '"step": 2' in log.read_text()
+
+
+def check_result(path, folder):
+    result = json.loads(path.read_text())
+    assert path.stat().st_size < 150_000
+    assert (result["seed"], result["system"]) == (0, "clsgen-label-words")
+    assert set(result["costs"]) == {"train", "eval", "valid", "swapped"}
+    train = result["costs"]["train"]
+    assert "--seed 0" in train["command"] and train["seconds"] > 0
+    assert len(train["commit"].split()[0]) == 40
+    assert "auroc" in result["last_validation"] and "head" in result["metrics"]
+
+    lines = (folder / "work" / path.stem / "eval" / "predictions.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    test = result["test"]
+    assert test["id"] == [record["id"] for record in records]
+    p = 1 / (1 + np.exp(-np.array(test["z"])))
+    assert p == pytest.approx([record["raw_probability"] for record in records], abs=1e-4)
+    assert sum(test["nll"]) / sum(test["tokens"]) == pytest.approx(
+        result["metrics"]["head"]["reference_nll"], abs=1e-3)
+
+    valid = (folder / "work" / "comve-valid.jsonl").read_text().splitlines()
+    assert result["valid"]["id"] == [json.loads(line)["id"] for line in valid]
+    assert result["unseen_groups"]["n"] == 34
+    assert len(result["swapped"]["z"]) == 40
+
+
+def test_the_order_of_work():
+    """Fails if the ablation no longer comes first, or a system or a seed is left out."""
+    jobs = real.all_jobs(list(real.SETS))
+    assert len({job.title for job in jobs}) == len(jobs) == 3 * (6 * 3 + 2) + 2 * (6 + 2)
+    assert {job.system for job in jobs[:24]} == set(real.ABLATION)
+    assert {job.data for job in jobs[:40]} == {"notes", "esnli"}
+    assert {job.data for job in jobs[40:60]} == {"comve"}
+
+
+def test_a_failed_job_does_not_stop_the_others(folder, tiny, monkeypatch, capsys):
+    """Fails if one broken system costs the results of the others, or if it goes unsaid."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(real, "SETS", SETS)
+    monkeypatch.setattr(real, "all_jobs", lambda names: [
+        real.Job("comve", "broken", 0), real.Job("comve", real.BASELINES)])
+    monkeypatch.setitem(real.TRAINED, "broken", "--lr -1")
+    with pytest.raises(ValueError, match="not done: comve-broken-s0"):
+        real.main(flags(folder, tiny))
+    assert (folder / "out" / "comve-baselines.json").exists()
+    assert "comve-broken-s0: train has failed" in capsys.readouterr().out
+    assert "lr is -1" in (folder / "work" / "comve-broken-s0" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("value, low, high, words", [
+    (0.01, -0.01, 0.03, "no difference larger than 0.030 was seen"),
+    (-0.03, -0.05, -0.01, "lower"),
+    (0.01, 0.005, 0.015, "higher, by less than the margin"),
+])
+def test_verdicts(value, low, high, words):
+    """Fails if an interval that crosses zero becomes a result."""
+    assert result_tables.verdict("auroc", value, low, high) == words
+
+
+def test_seeds_and_rows_vary_together():
+    """Fails if the interval leaves out the seeds, or if two equal systems differ in a draw."""
+    rng = np.random.default_rng(0)
+    y = np.arange(200) % 2
+
+    def scores(shift):
+        return result_tables.Scores(y, None, 1 / (1 + np.exp(-rng.normal(shift * (2 * y - 1)))))
+
+    alike = [scores(1.0)] * 3
+    unlike = [scores(0.2), scores(1.0), scores(3.0)]
+    draws = result_tables.draw({"a": alike, "b": alike, "c": unlike}, 200)
+    assert (draws["a"]["auroc"] == draws["b"]["auroc"]).all()
+    assert np.std(draws["c"]["auroc"]) > 2 * np.std(draws["a"]["auroc"])
+
+
+@pytest.mark.parametrize("text, found", [
+    ("RESULTS: Many. CONCLUSIONS: It works. It is safe.", "It works. It is safe."),
+    ("CONCLUSION: It works.\nFUNDING: None.", "It works."),
+    ("All rats ran. None of them stopped.", "None of them stopped."),
+    ("CONCLUSION: It works. TRIAL REGISTRATION: NCT1.", "It works."),
+])
+def test_an_abstracts_conclusion(text, found):
+    """Fails if the explanation of CliniFact's rows is something else of the abstract."""
+    assert real.conclusion(text) == found
