@@ -225,7 +225,7 @@ def print_systems(data, systems, draws, results):
 
 def print_differences(ours, systems, draws):
     print(f"\n{TITLES[ours]}, minus\n")
-    print_line("system", *METRICS.values())
+    print_line("system", "AUROC", "log loss", "text NLL, as a share of the other's")
     print_line(*["---"] * 4)
     for system, seeds in systems.items():
         if system == ours:
