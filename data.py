@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from plumbing.near_texts import count_near_texts
 from plumbing.script import printable, run_main
 from prompts import Prompts, add_prompt_arguments
 
@@ -395,42 +396,6 @@ def leaks(train, test):
         print(f"{name:14}{shared}")
 
     print(f"{'near text':14}{count_near_texts(train, test)}")
-
-
-def count_near_texts(train, test):
-    """How many test rows have at least half of their shingles in common with one training row.
-
-    That is Jaccard's index, |A and B| / |A or B| >= 1/2 (Broder 1997), found with an index from
-    each shingle to the training rows that have it.
-    """
-    sizes = []
-    rows_with = {}
-    for index, row in enumerate(train):
-        own = shingles(row["text"])
-        sizes.append(len(own))
-        for shingle in own:
-            rows_with.setdefault(shingle, []).append(index)
-
-    count = 0
-    for row in test:
-        own = shingles(row["text"])
-        common = Counter()  # training row: shingles that both have
-        for shingle in own:
-            common.update(rows_with.get(shingle, ()))
-
-        for index, both in common.items():
-            either = len(own) + sizes[index] - both
-            if 2 * both >= either:
-                count += 1
-                break
-    return count
-
-
-def shingles(text):
-    """The set of a text's runs of five words. A shorter text is one run."""
-    words = re.findall(r"\w+", text.lower())
-    runs = max(1, len(words) - 4)
-    return {tuple(words[i : i + 5]) for i in range(runs)}
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -21,11 +21,12 @@ import torch
 from tqdm import tqdm
 
 from clsgen import CLSGen, choose_token
-from data import encode_rows, read_rows, shingles
+from data import encode_rows, read_rows
 from metrics import auroc, repetition
 from plumbing.chat import complete
 from plumbing.checkpoint import base_fingerprint, load_llama
 from plumbing.files import continue_job, sha256_of, write_atomically
+from plumbing.near_texts import shingles
 from plumbing.packed import pack
 from plumbing.script import pick_device, refuse, run_main
 from prompts import SYSTEM, Prompts, add_prompt_arguments, stated_label

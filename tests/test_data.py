@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from data import Example, collate, encode_rows, main, read_rows, show, split_valid
+from plumbing.near_texts import count_near_texts
 from plumbing.script import printable
 from prompts import Prompts
 
@@ -150,3 +151,43 @@ def test_leaks(tiny, tmp_path, capsys):
     test = write(tmp_path / "b", {"text": "c", "label": 0, "id": 3}, {"text": "d", "label": 1,
                  "id": 2}, {"text": "e", "label": 1, "id": 1}, {"text": "f", "label": 1})
     assert shared_with(train, test) == {"group": 0, "id": 2, "text": 0, "near text": 0}
+
+
+# --- near-duplicates ------------------------------------------------------------------------------
+def texts_of(alphabet, join, rng):
+    """30 random texts of 60 units."""
+    return [join.join(rng.choice(alphabet, 60)) for _ in range(30)]
+
+
+ALPHABETS = {
+    "english": ([f"word{i}" for i in range(500)], " "),
+    "chinese": ([chr(0x4E00 + i) for i in range(500)], ""),
+    "japanese": ([chr(0x3041 + i) for i in range(80)], ""),
+    "thai": ([chr(0x0E01 + i) for i in range(46)], ""),
+}
+
+
+@pytest.mark.parametrize("language", ALPHABETS)
+@pytest.mark.parametrize("header", [0, 200])
+def test_near_copies_are_found_in_any_script(language, header):
+    """Fails if a text without blanks is one long word, or a header that all rows share makes them
+    all near; and a copy with one unit replaced must be found."""
+    alphabet, join = ALPHABETS[language]
+    rng = np.random.default_rng(0)
+    train = texts_of(alphabet, join, rng)
+    copies = [text[:100] + "x" + text[101:] if join else text[:30] + "x" + text[31:]
+              for text in train[:20]]
+    test = copies + texts_of(alphabet, join, rng)
+    shared = join.join(rng.choice(alphabet, header)) + join
+    counted = count_near_texts([{"text": shared + text} for text in train],
+                               [{"text": shared + text} for text in test])
+    assert counted == 20
+
+
+def test_near_texts_of_a_few_rows():
+    """Fails if what two rows of a small file share does not count, or texts that only consist of
+    common parts are not compared."""
+    same = [{"text": "one two three four five six"}] * 3
+    assert count_near_texts(same, same[:1]) == 1
+    assert count_near_texts(same * 10, same[:2]) == 2
+    assert count_near_texts(same * 10, [{"text": "another text"}]) == 0
