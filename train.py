@@ -29,6 +29,7 @@ from data import collate, encode_rows, read_rows, split_valid
 from metrics import auroc, calibrated, collapse, score_metrics, sigmoid
 from plumbing.adapter import load_adapter
 from plumbing.checkpoint import base_fingerprint, load_llama
+from plumbing.former_split import split_valid_formerly
 from plumbing.ranks import Ranks
 from plumbing.resume import restore, save_state
 from plumbing.script import pick_device, printable, run_main, stop_signals
@@ -298,8 +299,10 @@ def load_rows(args):
         shared = train_groups & valid_groups
         if shared:
             print(f"warning: {len(shared)} groups are in both {args.data} and {args.valid}")
-    else:
+    elif args.split:
         train, valid = split_valid(train, args.valid_fraction, args.seed)
+    else:
+        train, valid = split_valid_formerly(args.data, train, args.valid_fraction, args.seed)
 
     if len(valid) > args.valid_rows:
         shuffled = np.random.default_rng(args.seed).permutation(len(valid))

@@ -76,6 +76,12 @@ def parse(argv=None):
         take_over_adapter(args, parser)
     if args.out is None:
         args.out = Path("runs") / args.data.stem
+
+    # The rule by which validation rows are split off; a training without it on record keeps the
+    # former one
+    args.split = None if args.valid else "by the rows of groups"
+    if args.resume:
+        args.split = state["config"].get("split")
     return args
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from data import Example, collate, encode_rows, main, read_rows, show, split_valid
+from plumbing.former_split import split_valid_formerly
 from plumbing.near_texts import count_near_texts
 from plumbing.script import printable
 from prompts import Prompts
@@ -70,6 +71,7 @@ def test_files_that_are_wrong_as_a_whole(tmp_path):
     assert str(error.value).count("no text") == 10
 
 
+# --- validation rows ------------------------------------------------------------------------------
 def test_validation_takes_whole_groups(rows):
     """Fails if a group stands on both sides, rows get lost, or the seed does not matter."""
     train, valid = split_valid(rows, 0.25, seed=0)
@@ -77,8 +79,67 @@ def test_validation_takes_whole_groups(rows):
     assert not {row["group"] for row in train} & {row["group"] for row in valid}
     again, other = (split_valid(rows, 0.25, seed)[1] for seed in (0, 1))
     assert again == valid != other
-    with pytest.raises(ValueError, match="one class"):
-        split_valid(rows[6:10], 0.001, seed=0)
+
+
+def grouped(*sizes, positive=lambda i: i % 5 < 2):
+    """Rows in groups of these sizes; a group of one row has no name."""
+    rows = []
+    for number, size in enumerate(sizes):
+        for _ in range(size):
+            row = {"id": len(rows), "text": "a", "label": int(positive(len(rows)))}
+            if size > 1:
+                row["group"] = f"g{number}"
+            rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("fraction, rows, count, positives", [
+    (0.1, grouped(180, 20), 20, 8),  # the small group, and never the large one
+    (0.9, grouped(180, 20), 180, 72),
+    (0.1, grouped(*[1] * 1000), 100, 40),  # rows alone: exactly, with the share of each class
+    (0.1, grouped(*[1] * 20), 2, 1),  # two rows at the least
+    (0.1, grouped(*[1] * 5), 2, 1),
+    (0.1, grouped(*[1] * 1000, positive=lambda i: i % 400 == 7), 101, 1),  # three positives
+    (0.1, grouped(500, *[10] * 50), 100, 40),  # the first group alone is too large
+    (0.1, grouped(*[20] * 10, positive=lambda i: i < 80), 40, 20),  # each group of one class
+    (0.1, grouped(*[22] * 5, *[18] * 5, positive=lambda i: i >= 110), 40, 18),
+    (0.1, grouped(*[41] * 5), 41, 17)])  # twice the fraction, at the most
+def test_the_split_comes_nearest_to_the_fraction_of_each_class(fraction, rows, count, positives):
+    """Fails if groups are taken without a look at their rows, or their classes."""
+    for seed in range(5):
+        train, valid = split_valid(rows, fraction, seed)
+        assert len(valid) == count and sum(row["label"] for row in valid) == positives
+        for side in (train, valid):
+            assert {row["label"] for row in side} == {0, 1}
+
+
+@pytest.mark.parametrize("rows, words", [
+    (grouped(50, 50, 50, 50), r"takes 10 to 40 rows .* the largest is group 'g0' \(50 rows\)"),
+    (grouped(195, 5), r"takes 10 to 40 rows .* the largest is group 'g0' \(195 rows\)"),
+    (grouped(*[1] * 9, positive=lambda i: i == 7), "one class .* of label 1 are in row 7;"),
+    (grouped(10, 90, positive=lambda i: i < 10), r"label 0 are in group 'g1' \(90 rows\)")])
+def test_no_choice_of_groups_is_refused_by_name(rows, words):
+    """Fails if validation may be most of the file, or a refusal does not say which group it is."""
+    with pytest.raises(ValueError, match=words + ".* give --valid, or another --valid-fraction"):
+        split_valid(rows, 0.1, seed=0)
+
+
+def test_a_hundred_thousand_rows_are_split():
+    """Fails if the work grows with the square of the rows: it would run for hours."""
+    train, valid = split_valid(grouped(*[1] * 100_000), 0.1, seed=0)
+    assert len(valid) == 10_000 and sum(row["label"] for row in valid) == 4000
+
+
+def test_the_former_split_is_what_it_was(tmp_path):
+    """Fails if a training that was stopped before would continue on other rows; these ids are from
+    the code of then. A blank group was a group."""
+    path = write(tmp_path / "x.jsonl", *[
+        {"text": f"t{i}", "label": i % 2, "group": ["a", "", None][i % 3] if i < 15 else "b"}
+        for i in range(30)])
+    for seed, ids in {0: [3, 9, 6, 15, 12, 1, 4, 7, 10, 13],
+                      4: [2, 5, 8, 11, 14, 3, 1, 4, 7, 10, 13]}.items():
+        _, valid = split_valid_formerly(path, read_rows(path), 0.3, seed)
+        assert [row["id"] for row in valid] == ids
 
 
 # --- batches --------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from clsgen import CLSGen, add_lora
 from data import Example
 from metrics import auroc, best_f1_threshold, calibrate
 from plumbing.checkpoint import load_llama
-from plumbing.resume import STATE, compare_configs, read_state
+from plumbing.files import write_tensors
+from plumbing.resume import STATE, compare_configs, digest_of, read_state
 from plumbing.train_arguments import check_arguments, parse
 from prompts import Prompts
 from run import load_run
@@ -325,6 +326,24 @@ def test_resume_refuses_what_changed_and_names_it(tiny, rows_file, tmp_path, cap
     (tmp_path / "run" / STATE).write_bytes((tmp_path / "run" / STATE).read_bytes()[:-9])
     with pytest.raises(ValueError, match="nothing to resume from"):
         main(["--resume", str(tmp_path / "run")])
+
+
+def test_a_training_of_before_keeps_its_validation_rows(tiny, rows_file, tmp_path, monkeypatch):
+    """Fails if a state that does not say how its rows were split is refused, or takes other rows
+    now; or if one that says it is taken for an older one. The ids are from the code of then."""
+    out, taken = tmp_path / "run", []
+    main(arguments(tiny, rows_file, out, "--epochs", 0.3))
+    monkeypatch.setattr("train.finish", lambda args, model, prompts, rows, *rest: taken.append(
+        {int(row["id"][1:]) for row in rows}))
+    main(["--resume", str(out)])
+
+    state, tensors = read_state(out)
+    assert state["config"].pop("split")
+    text = json.dumps(state)
+    write_tensors(out / STATE, tensors, {"state": text, "sha256": digest_of(text, tensors)})
+    main(["--resume", str(out)])
+    now, before = taken
+    assert before == {32, 33, 24, 25, 36, 37, 16, 17, 6, 7, 26, 27} != now
 
 
 def test_another_read_out_does_not_continue_a_training(tiny, rows_file, tmp_path, monkeypatch):
