@@ -16,6 +16,8 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +25,9 @@ import torch
 from tqdm import tqdm
 
 from plumbing.near_texts import count_near_texts
+from plumbing.other_forms import label_advice, refuse_other_form
 from plumbing.script import printable, run_main
-from prompts import Prompts, add_prompt_arguments
+from prompts import QUESTION, Prompts, add_prompt_arguments, stated_label
 
 
 # --- examples and batches -------------------------------------------------------------------------
@@ -139,13 +142,18 @@ def collate(examples, device="cpu"):
 
 
 # --- rows -----------------------------------------------------------------------------------------
-def read_rows(path, labels=True, fill_ids=True):
+class LineNumber(int):
+    """The id of a row that the file gives none: the number of its line, which is not its name."""
+
+
+def read_rows(path, labels=True):
     """The rows of a JSON Lines file, as dicts with the known fields only.
 
-    labels: each row must have one, and both classes must occur.
-    fill_ids: a row without an id gets its line's number as one.
+    A row without an id gets its line's number as one. Other fields are named once, on the screen.
+
+    labels: each row must have one, and both classes must occur. Otherwise an unusable one is none.
     ValueError lists the first ten problems as "file:line: what is wrong" and counts the rest; no
-    line is dropped silently.
+    line is dropped silently. Files in another form are refused with the command that converts them.
     """
     path = Path(path)
     try:
@@ -154,28 +162,33 @@ def read_rows(path, labels=True, fill_ids=True):
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
 
+    while lines and not lines[-1].strip():  # blank lines at the end
+        lines.pop()
+    if not lines:
+        raise ValueError(f"{path}:1: the file is empty")
+    refuse_other_form(path, lines)
+
     # each line
     rows = []
     problems = []
     line_of_id = {}
+    unknown = Counter()  # (name of a field that is not known, the field that it seems to be): rows
     for number, line in enumerate(lines, 1):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")  # a byte order mark
         try:
-            row = parse_row(line, labels)
-            row_id = row.get("id", number)
-            first = line_of_id.setdefault(str(row_id), number)
+            raw = parse_object(line)
+            row = parse_row(raw, labels)
+            row.setdefault("id", LineNumber(number))
+            first = line_of_id.setdefault(str(row["id"]), number)
             if first != number:
-                raise ValueError(f"id {row_id!r} is in line {first} already")
-            if fill_ids:
-                row["id"] = row_id
+                raise ValueError(f"id {row['id']!r} is in line {first} already")
             rows.append(row)
+            unknown.update(unknown_fields(raw))
         except ValueError as error:
             problems.append(f"{path}:{number}: {error}")
 
     # the file as a whole
-    if not lines:
-        problems.append(f"{path}:1: the file is empty")
     if labels and not problems:
         classes = {row["label"] for row in rows}
         if len(classes) < 2:
@@ -185,26 +198,31 @@ def read_rows(path, labels=True, fill_ids=True):
         shown = problems[:10]
         if len(problems) > 10:
             shown.append(f"... and {len(problems) - 10} more")
+        if labels:
+            shown += label_advice(path, lines)
         raise ValueError("\n".join(shown))
+    name_unknown_fields(path, unknown)
     return rows
 
 
-def parse_row(line, labels):
-    """One line, in bytes, as a row with the known fields only. ValueError says what is wrong.
+def parse_row(raw, labels):
+    """The object of a line as a row with the known fields only. ValueError says what is wrong.
 
     labels: True if the row must have a label.
     """
-    raw = parse_object(line)
     row = {}
     for name in FIELDS:
         if raw.get(name) is not None:  # null is as good as nothing
             row[name] = raw[name]
+    if not labels and not is_label(row.get("label")):  # "unknown", -1: there is none
+        row.pop("label", None)
 
     # what there has to be
-    if "text" not in row:
-        raise ValueError("no text")
-    if labels and "label" not in row:
-        raise ValueError("no label")
+    for name in ("text", "label"):
+        if name not in row and (labels or name == "text"):
+            others = [other for other in raw if likely_field(other) == name]
+            meant = f"; is it {others[0][:60]!r}?" if others else ""
+            raise ValueError(f"no {name}{meant}")
 
     # what it has to be
     for name, value in row.items():
@@ -215,9 +233,19 @@ def parse_row(line, labels):
     # one form for all rows
     if "label" in row:
         row["label"] = int(row["label"])  # true is 1
-    if not row.get("explanation", "").strip():
-        row.pop("explanation", None)
+    if "group" in row:
+        row["group"] = group_name(row["group"])
+    for name in ("explanation", "group"):
+        if not row.get(name, "").strip():  # blank is as good as nothing
+            row.pop(name, None)
     return row
+
+
+def group_name(group):
+    """A group as a string: 17, 17.0 and "17" are the same one."""
+    if isinstance(group, float) and group.is_integer():
+        group = int(group)
+    return str(group)
 
 
 def parse_object(line):
@@ -272,9 +300,16 @@ def is_id(value):
     return is_whole_number or is_string(value)
 
 
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_group(value):
+    return is_number(value) or is_string(value)
+
+
 def is_probability(value):
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and 0 <= value <= 1
+    return is_number(value) and 0 <= value <= 1
 
 
 def is_list_of_strings(value):
@@ -290,12 +325,61 @@ FIELDS = {  # name: (whether a value fits, what is expected)
     "label": (is_label, "0 or 1"),
     "explanation": (is_string, "a string"),
     "id": (is_id, "a string or a whole number"),
-    "group": (is_string, "a string"),
+    "group": (is_group, "a string or a number"),
     "probability": (is_probability, "a number from 0 to 1"),
     "evidence": (is_list_of_strings, "a list of strings"),
     # kept, so that explain.py can be run on its own output
     "explanation_source": (is_anything, "anything"),
 }
+
+
+COMMON_NAMES = {  # what others call a field
+    "text": ("sentence", "content", "input", "document", "note", "passage", "abstract"),
+    "label": ("class", "target", "outcome", "y"),
+    "explanation": ("rationale", "reason", "reasoning", "justification", "explain", "why"),
+    "id": ("uid", "guid", "index", "key", "row_id"),
+    "group": ("group_id", "patient", "patient_id", "subject", "subject_id", "document_id"),
+    "probability": ("prob", "p", "true_p"),
+    "evidence": ("highlights", "spans"),
+}
+
+
+@lru_cache
+def likely_field(name):
+    """The known field that an unknown one seems to be, or None.
+
+    It has another common name, or it is misspelt.
+    """
+    name = name.strip().lower()
+    for field, others in COMMON_NAMES.items():
+        if name in others:
+            return field
+    close = get_close_matches(name, FIELDS, n=1, cutoff=0.8)
+    return close[0] if close else None
+
+
+def unknown_fields(raw):
+    """The fields of an object that nothing reads: (name, the known field that it seems to be).
+
+    The second is None if nothing is like it, or if the object has that field too.
+    """
+    found = []
+    for name in raw.keys() - FIELDS.keys():
+        likely = likely_field(name)
+        found.append((name, None if likely in raw else likely))
+    return found
+
+
+def name_unknown_fields(path, unknown):
+    """Prints one line on the fields that nothing reads, {(name, likely field): rows}, if any."""
+    shown = []
+    for (name, likely), count in unknown.most_common(10):
+        meant = f"; is {likely} meant?" if likely else ""
+        shown.append(f"{name[:60]!r} ({count} rows{meant})")
+    if len(unknown) > 10:
+        shown.append(f"{len(unknown) - 10} more")
+    if shown:
+        print(f"warning: {path}: fields that nothing reads: {', '.join(shown)}")
 
 
 # --- validation rows ------------------------------------------------------------------------------
@@ -397,6 +481,87 @@ def why_no_split(groups, wanted):
             f"classes on both sides; the largest is {named(max(groups, key=len))}")
 
 
+# --- what is odd about the data -------------------------------------------------------------------
+def print_remarks(path, rows, prompts):
+    """Prints a warning for each odd thing about the rows of a file, as train.py and data.py do."""
+    for sentence in remarks(rows, prompts):
+        print(f"warning: {path}: {printable(sentence)}")
+
+
+def remarks(rows, prompts):
+    """What is odd about rows that can be read: a list of sentences."""
+
+    def some(odd_rows):
+        counts = count_classes(odd_rows)
+        ids = ", ".join(repr(row["id"]) for row in odd_rows[:3])
+        return (f"{len(odd_rows)} rows ({counts[1]} {prompts.word(1)}, {counts[0]} "
+                f"{prompts.word(0)}; the first: {ids})")
+
+    found = []
+
+    # explanations
+    totals = count_classes(rows)
+    explained = count_classes(row for row in rows if "explanation" in row)
+    for label in (0, 1):
+        if explained[label] == 0 and explained[1 - label] > 0:
+            found.append(f"none of the {totals[label]} {prompts.word(label)} rows has an "
+                         f"explanation, but {explained[1 - label]} of the {totals[1 - label]} "
+                         f"{prompts.word(1 - label)} rows have one")
+
+    against = contradicting_rows(rows, prompts.labels)
+    if against:
+        found.append(f"the explanation states the other label in {some(against)}, "
+                     f"as {against[0]['explanation'][:60]!r}")
+
+    twice = [row for row in rows if stated_by(row, prompts.labels) == row["label"]]
+    if twice:
+        answer = f"{prompts.word(twice[0]['label'])}. {twice[0]['explanation']}"
+        found.append(f"the explanation opens with its own label word in {some(twice)}; training "
+                     f"puts the word before it once more: {answer[:60]!r}")
+
+    # texts
+    labels_of = {}
+    for row in rows:
+        labels_of.setdefault(row["text"], set()).add(row["label"])
+    torn = [row for row in rows if len(labels_of[row["text"]]) == 2]
+    if torn:
+        found.append(f"the same text has both labels in {some(torn)}")
+    return found
+
+
+def contradicting_rows(rows, labels):
+    """The rows whose explanation opens with the other label's word: "No. It is bad." for yes."""
+    return [row for row in rows if stated_by(row, labels) == 1 - row["label"]]
+
+
+def stated_by(row, labels):
+    """The label that a row's explanation states by itself, or None."""
+    return stated_label(row.get("explanation", ""), labels)[0]
+
+
+def warn_of_default_question(question):
+    """Prints a warning if nobody has said what is asked about the texts."""
+    if question == QUESTION:
+        print(f"warning: the question is the default one, {QUESTION!r}; --question sets yours")
+
+
+def count_shared(train, test):
+    """How many test rows share their group, id or text with a training row: {name: count}.
+
+    A line's number is not an id: two rows of one line number have nothing in common.
+    """
+    counts = {}
+    for name in ("group", "id", "text"):
+        known = {str(row[name]) for row in train if is_given(row, name)}  # 5 and "5" are the same
+        counts[name] = sum(is_given(row, name) and str(row[name]) in known for row in test)
+    return counts
+
+
+def is_given(row, name):
+    """Whether the file gives this field of a row."""
+    return name in row and not isinstance(row[name], LineNumber)
+
+
 # --- looking at the data --------------------------------------------------------------------------
 def show(example, prompts):
     """One row as the model sees it: the prompt, where it ends, and the supervised tokens."""
@@ -434,6 +599,7 @@ def print_counts(rows, examples, prompts):
     def line(name, value):
         print(f"{name:14}{value}")
 
+    line("question", printable(prompts.question))
     line("rows", f"{len(rows)}: {positives} {prompts.word(1)} ({share:.1%}), "
                  f"{negatives} {prompts.word(0)}")
     line("explanations", f"{len(answer_lengths)}; "
@@ -454,16 +620,11 @@ def spread(lengths):
 def leaks(train, test):
     """Prints how many test rows share group, id or text with a training row, or have a near text.
 
-    A model that has seen them in training looks better on the test file than it is. The rows are
-    those of read_rows(..., fill_ids=False): two rows of one line number have nothing in common.
+    A model that has seen them in training looks better on the test file than it is.
     """
     print(f"\nof {len(test)} test rows, this many share with a training row:")
-
-    for name in ("group", "id", "text"):
-        known = {str(row[name]) for row in train if name in row}  # ids 5 and "5" are the same
-        shared = sum(name in row and str(row[name]) in known for row in test)
-        print(f"{name:14}{shared}")
-
+    for name, count in count_shared(train, test).items():
+        print(f"{name:14}{count}")
     print(f"{'near text':14}{count_near_texts(train, test)}")
 
 
@@ -478,16 +639,18 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     rows = read_rows(args.data)
+    test = read_rows(args.test) if args.test else None
     prompts = Prompts.from_arguments(args)
     examples = encode_rows(rows, prompts, refuse=False)
 
     print_counts(rows, examples, prompts)
+    warn_of_default_question(args.question)
+    print_remarks(args.data, rows, prompts)
     print(f"\nthe first row, format {prompts.format}:\n")
     print(show(examples[0], prompts))
-    if args.test:
-        train = read_rows(args.data, fill_ids=False)
-        test = read_rows(args.test, fill_ids=False)
-        leaks(train, test)
+    if test:
+        print_remarks(args.test, test, prompts)
+        leaks(rows, test)
 
 
 if __name__ == "__main__":

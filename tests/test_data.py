@@ -1,13 +1,16 @@
 """Rows and batches: bad input, validation rows, exactly what is supervised, what is printed."""
 
+import gzip
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from data import Example, collate, encode_rows, main, read_rows, show, split_valid
+from data import Example, collate, encode_rows, main, read_rows, remarks, show, split_valid
 from plumbing.former_split import split_valid_formerly
 from plumbing.near_texts import count_near_texts
 from plumbing.script import printable
@@ -23,11 +26,101 @@ def write(path, *lines):
 
 
 def test_rows_are_read_with_bom_and_crlf_and_without_unknown_fields(tmp_path):
-    """Fails if a BOM or CRLF breaks a line, true is not 1, an id is not the line number, or a blank
-    explanation counts as one."""
-    lines = [json.dumps({**GOOD, "other": 1}), '{"text": "b", "label": false, "explanation": " "}']
-    path = write(tmp_path / "x.jsonl", b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n")
+    """Fails if a BOM, CRLF or a blank line at the end breaks a file, true is not 1, an id is not
+    the line number, or a blank explanation or group counts as one."""
+    lines = [json.dumps({**GOOD, "other": 1}),
+             '{"text": "b", "label": false, "explanation": " ", "group": " "}', "", " \t", ""]
+    path = write(tmp_path / "x.jsonl", b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
     assert read_rows(path) == [{**GOOD, "id": 1}, {"text": "b", "label": 0, "id": 2}]
+
+
+def test_a_group_may_be_a_number(tmp_path):
+    """Fails if a number is refused, or 17 and "17" are two groups."""
+    groups = [17, "17", 17.0, 1.5]
+    path = write(tmp_path / "x.jsonl", *[
+        {"text": "a", "label": i % 2, "group": group} for i, group in enumerate(groups)])
+    assert [row["group"] for row in read_rows(path)] == ["17", "17", "17", "1.5"]
+
+
+@pytest.mark.parametrize("label", [-1, "", "unknown", 1.0, None, [1]])
+def test_a_prediction_needs_no_usable_label(tmp_path, label):
+    """Fails if a file for predictions is refused for a label that nobody reads, or keeps it."""
+    path = write(tmp_path / "x.jsonl", GOOD, {"text": "b", "label": label})
+    assert read_rows(path, labels=False) == [{**GOOD, "id": 1}, {"text": "b", "id": 2}]
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"rationale": "a"}, ["'rationale' (2 rows; is explanation meant?)"]),
+    ({"Explanaton": "a"}, ["'Explanaton' (2 rows; is explanation meant?)"]),
+    ({"group_id": 5}, ["'group_id' (2 rows; is group meant?)"]),
+    ({"group": 5, "patient_id": 5}, ["'patient_id' (2 rows)"]),
+    ({"age\x1b": 5, "\ud800": 1}, [r"'age\x1b' (2 rows)", r"'\ud800' (2 rows)"]),
+    ({f"column {i}": i for i in range(14)}, [", 4 more"]),
+    ({"evidence": [], "other": None}, ["'other' (2 rows)"])])
+def test_fields_that_nothing_reads_are_named_once(tmp_path, capsys, fields, words):
+    """Fails if a misspelt field is lost without a word, or one is blamed that is fine."""
+    path = write(tmp_path / "x.jsonl", {**GOOD, **fields}, {"text": "b", "label": 0, **fields})
+    read_rows(path)
+    out = capsys.readouterr().out
+    assert out.startswith(f"warning: {path}: ") and out.count("\n") == 1
+    assert all(word in out for word in words)
+    assert len(re.findall(r"\(2 rows", out)) == min(len(fields.keys() - {"group", "evidence"}), 10)
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"sentence": "a", "label": 1}, "no text; is it 'sentence'?"),
+    ({"text": "a", "Labels": 1}, "no label; is it 'Labels'?")])
+def test_a_field_that_must_be_there_is_found_under_another_name(tmp_path, row, words):
+    """Fails if "no text" leaves the user to look for a column of another name."""
+    with pytest.raises(ValueError, match=re.escape(words)):
+        read_rows(write(tmp_path / "x.jsonl", row))
+
+
+# --- other forms ----------------------------------------------------------------------------------
+ROWS = [{"text": 'a "text", with\nlines', "label": 1, "explanation": "é; it's"},
+        {"text": "b", "label": 0}]
+TABLE = 'text,label,explanation\r\n"a ""text"", with\nlines",1,é; it\'s\r\nb,0,\r\n'
+
+
+def as_lines(*labels):
+    rows = [{**row, "label": label} for row, label in zip(ROWS, labels, strict=True)]
+    return "\n".join(map(json.dumps, rows))
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("x.csv", TABLE, "a table"), ("x.txt", "\ufeff" + TABLE, "a table"),
+    ("x.tsv", TABLE.replace(",", "\t").replace("\t with", ", with"), "a table"),
+    ("x.csv", TABLE.replace(";", ",").replace(",", ";").replace("é;", "é,").replace("; w", ", w")
+     .replace("é, it's", '"é; it\'s"'), "a table"),
+    ("x.json", json.dumps(ROWS, indent=1), "a JSON array"), ("x.json", json.dumps(ROWS), "array"),
+    ("x y.jsonl.gz", as_lines(1, 0), "a gzip file"),
+    ("x.jsonl", as_lines("yes", "no"), 'are "no" and "yes"'),
+    ("x.jsonl", as_lines(" O'Hara", "Ada\n") + "\n\n", '"ada" and "o\'hara"'),
+    ("x.jsonl", as_lines("1", "0"), 'are "0" and "1"'),
+    ("x.jsonl", as_lines(1, -1), 'are "-1" and "1"'),
+    ("x.jsonl", as_lines(2, 1), 'are "1" and "2"'),
+    ("x.jsonl", as_lines(1.0, 0.0), 'are "0.0" and "1.0"')])
+def test_another_form_is_refused_with_the_command_that_converts_it(tmp_path, name, content, words):
+    """Fails if a form is not recognised, or its command does not make the same rows when pasted."""
+    path = tmp_path / name
+    path.write_bytes(content.encode() if ".gz" not in name else gzip.compress(content.encode()))
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        read_rows(path)
+    command = str(error.value).split("\n")[-1]
+    assert command.startswith("python -c ")
+    command = command.replace("python", f"'{sys.executable}'", 1)
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    (converted,) = tmp_path.glob("*.converted.jsonl")
+    assert read_rows(converted) == [{**row, "id": i} for i, row in enumerate(ROWS, 1)]
+
+
+def test_no_command_is_advised_where_it_would_not_help(tmp_path):
+    """Fails if two of three words are made 0 and 1, or a stray label is taken for a class."""
+    for labels in (["yes", "no", "maybe"], [0, 1, "1"], [0, 1, 2], [True, False, "no"]):
+        rows = [{"text": "a", "label": label} for label in labels]
+        with pytest.raises(ValueError, match="label is") as error:
+            read_rows(write(tmp_path / "x.jsonl", *rows))
+        assert "python -c" not in str(error.value)
 
 
 BAD_LINES = {  # what the error says: the line
@@ -41,7 +134,7 @@ BAD_LINES = {  # what the error says: the line
     "probability is 2": {**GOOD, "probability": 2},
     "probability is true": {**GOOD, "probability": True},
     "evidence is": {**GOOD, "evidence": "risk"}, "explanation is 5": {**GOOD, "explanation": 5},
-    "group is 3": {**GOOD, "group": 3}, "id is 1.5": {**GOOD, "id": 1.5},
+    "group is true": {**GOOD, "group": True}, "id is 1.5": {**GOOD, "id": 1.5},
     "id 'x' is in line 1 already": {**GOOD, "id": "x"},
 }
 
@@ -212,6 +305,46 @@ def test_leaks(tiny, tmp_path, capsys):
     test = write(tmp_path / "b", {"text": "c", "label": 0, "id": 3}, {"text": "d", "label": 1,
                  "id": 2}, {"text": "e", "label": 1, "id": 1}, {"text": "f", "label": 1})
     assert shared_with(train, test) == {"group": 0, "id": 2, "text": 0, "near text": 0}
+
+
+# --- what is odd ----------------------------------------------------------------------------------
+NO = "The result is good."
+YES = "It is bad."
+
+
+@pytest.mark.parametrize("explanations, words", [  # of the labels 1, 0, 1, 0; texts a, b, c, d
+    ([YES, None, YES, None], "none of the 2 No rows has an explanation, but 2 of the 2 Yes rows"),
+    ([None, NO, None, None], "none of the 2 Yes rows has an explanation, but 1 of the 2 No rows"),
+    (["No. " + YES, NO, "no", "Yes: x"], "the other label in 3 rows (2 Yes, 1 No; the first: 'a', "
+     "'c', 'd'), as 'No. It is bad.'"),
+    (["Yes. " + YES, NO, YES, NO], "its own label word in 1 rows (1 Yes, 0 No; the first: 'a'); "
+     "training puts the word before it once more: 'Yes. Yes. It is bad.'"),
+    ([YES, NO, "No evidence of good.", "Yesterday it was good."], None),
+    ([None, None, None, None], None)])
+def test_odd_explanations_are_counted_by_class(tiny, explanations, words):
+    """Fails if one class is explained, or a text contradicts its label, without a word."""
+    rows = []
+    for name, label, explanation in zip("abcd", (1, 0, 1, 0), explanations, strict=True):
+        row = {"id": name, "text": name, "label": label}
+        rows.append(row | ({"explanation": explanation} if explanation else {}))
+    found = remarks(rows, Prompts(tiny))
+    assert len(found) == (words is not None) and (not words or words in found[0])
+
+
+def test_a_text_with_both_labels_is_odd(tiny, rows):
+    """Fails if equal rows with opposite labels pass without a word, or equal labels do not."""
+    again = [{**rows[0], "id": "x"}, {**rows[1], "id": "y", "label": 1 - rows[1]["label"]}]
+    (found,) = remarks(rows + again, Prompts(tiny))
+    assert "the same text has both labels in 2 rows (1 Yes, 1 No; the first: 'r1', 'y')" in found
+
+
+def test_the_default_question_is_said_to_be_one(tiny, rows_file, capsys):
+    """Fails if a forgotten --question goes unnoticed, or a given one is complained of."""
+    for flags, expected in (([], True), (["--question", "Is it bad?"], False)):
+        main([str(rows_file), "--model", str(tiny), *flags])
+        out = capsys.readouterr().out
+        assert ("warning: the question is the default one" in out) == expected
+        assert ("question      Is it bad?" in out) != expected
 
 
 # --- near-duplicates ------------------------------------------------------------------------------

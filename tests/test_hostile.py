@@ -62,7 +62,8 @@ def test_a_jsonl_file_reads_exactly_or_names_its_bad_lines(tmp_path):
     path = tmp_path / "x.jsonl"
     for rng in cases(10_000):
         lines, rows, due = [], [], []
-        for number in range(1, rng.choice([3, 4, 7, 40])):
+        count = rng.choice([2, 3, 6, 39])
+        for number in range(1, count + 1):
             row = {"id": number, "text": rng.choice(TEXTS), "label": number % 2}
             row |= rng.choice([{}, {"explanation": "because", "evidence": ["é"], "group": "g"}])
             raw = row | {"id": rng.choice([number, None]), "other": rng.choice(IGNORED)}
@@ -70,6 +71,8 @@ def test_a_jsonl_file_reads_exactly_or_names_its_bad_lines(tmp_path):
             line = json.dumps(raw, ensure_ascii=rng.random() < 0.5).encode()
             if rng.random() < 0.2:
                 bad = rng.choice(BAD)
+                if number == count and not bad.strip():  # blank lines at the end are fine
+                    bad = b"{"
                 field = bad.startswith(b'"')
                 line = b"{" + bad + b", " + line[1:] if field else bad.replace(b"%s", line)
                 due.append(f"{path}:{number}: ")
