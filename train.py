@@ -25,7 +25,9 @@ import numpy as np
 import torch
 
 from clsgen import CLSGen, add_lora, joint_loss, label_loss, total_loss
-from data import collate, encode_rows, read_rows, split_valid
+from data import (
+    collate, contradicting_rows, count_shared, encode_rows, print_remarks, read_rows, split_valid,
+    warn_of_default_question)
 from metrics import auroc, calibrated, collapse, score_metrics, sigmoid
 from plumbing.adapter import load_adapter
 from plumbing.checkpoint import base_fingerprint, load_llama
@@ -54,7 +56,7 @@ def main(argv=None):
 
     # rows as tokens; with --lm-weight 0 training skips the answers, but validation measures them
     prompts = Prompts.from_arguments(args)
-    train_rows, valid_rows = load_rows(args)
+    train_rows, valid_rows = load_rows(args, prompts)
     train = encode_rows(train_rows, prompts, answers=args.lm_weight > 0)
     valid = encode_rows(valid_rows, prompts)
 
@@ -289,20 +291,34 @@ def watch_text(model, prompts, rows, size):
 
 
 # --- before and after -----------------------------------------------------------------------------
-def load_rows(args):
-    """(training, validation) rows, validation thinned to --valid-rows by the seed."""
+def load_rows(args, prompts):
+    """(training, validation) rows, validation thinned to --valid-rows by the seed.
+
+    Says what is odd about them. ValueError for explanations that contradict their labels.
+    """
     train = read_rows(args.data)
+    against = contradicting_rows(train, prompts.labels)
+    if against and not args.allow_contradictions and not args.resume:
+        raise ValueError(
+            f"{args.data}: {len(against)} explanations state the other label than their rows, the "
+            f"first in row {against[0]['id']!r} ({prompts.word(against[0]['label'])}): "
+            f"{against[0]['explanation'][:60]!r}; correct them, or give --allow-contradictions")
+    warn_of_default_question(prompts.question)
+    print_remarks(args.data, train, prompts)
+
     if args.valid:
         valid = read_rows(args.valid)
-        train_groups = {row["group"] for row in train if "group" in row}
-        valid_groups = {row["group"] for row in valid if "group" in row}
-        shared = train_groups & valid_groups
-        if shared:
-            print(f"warning: {len(shared)} groups are in both {args.data} and {args.valid}")
+        print_remarks(args.valid, valid, prompts)
     elif args.split:
         train, valid = split_valid(train, args.valid_fraction, args.seed)
     else:
         train, valid = split_valid_formerly(args.data, train, args.valid_fraction, args.seed)
+
+    shared = count_shared(train, valid)
+    if any(shared.values()):
+        counts = ", ".join(f"{name} {count}" for name, count in shared.items() if count)
+        print(f"warning: of {len(valid)} validation rows, this many share with a training row: "
+              f"{counts}; calibration and threshold need rows that training has not seen")
 
     if len(valid) > args.valid_rows:
         shuffled = np.random.default_rng(args.seed).permutation(len(valid))

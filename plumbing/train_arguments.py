@@ -26,6 +26,8 @@ def parse(argv=None):
     add("--valid", type=Path, help="validation rows, JSON Lines")
     add("--valid-fraction", type=float, default=0.1, help="without --valid: this share of --data")
     add("--valid-rows", type=int, default=500, help="validate on at most this many rows")
+    add("--allow-contradictions", action="store_true",
+        help="train on explanations that state the other label, too")
     add_prompt_arguments(parser)
     # model
     add("--model", default="models/smollm2-135m", help="Hugging Face folder of the base model")
@@ -149,7 +151,7 @@ def configuration(args, prompts, steps, dtype, device, ranks):
     """Everything that decides the result, for the log and for --resume, which compares it."""
     config = {}
     for name, value in vars(args).items():
-        if name not in ("out", "overwrite", "resume"):
+        if name not in ("out", "overwrite", "resume", "allow_contradictions"):
             config[name] = str(value) if isinstance(value, Path) else value
     config.update({
         "device": device.type,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 
 from tqdm import tqdm
@@ -12,6 +13,8 @@ from plumbing.resume import STATE
 
 # Measured at each validation, but too much for the screen
 LOGGED_ONLY = ("parsable", "empty", "distinct_2", "rep_4", "reference_nll")
+
+FEW_STEPS = 30  # below it the first screen has a warning
 
 
 def begin_run_folder(folder, config):
@@ -43,7 +46,12 @@ def introduce(config, parts, train, valid, prompts):
         unexplained += not example.answer
     print(f"train   {len(train):>12,} rows, {tokens:,} tokens an epoch, {cut} texts cut; "
           f"{unexplained} rows train the score head only")
-    print(f"valid   {len(valid):>12,} rows\n\n{show(train[0], prompts)}\n", flush=True)
+    print(f"valid   {len(valid):>12,} rows\n\n{show(train[0], prompts)}\n")
+    if config["steps"] < FEW_STEPS:
+        print(f"warning: {len(train)} training rows, {config['batch']} a step, make only "
+              f"{config['steps']} steps, which is too few to learn much: more rows, more --epochs "
+              f"or a smaller --batch make more\n")
+    sys.stdout.flush()
 
 
 class TrainingLog:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -76,7 +77,8 @@ def test_calibration_is_that_of_the_validation_rows(tiny, rows, rows_file, tmp_p
     path = write_rows(tmp_path / "valid.jsonl", valid)
     # so long that the logits spread: on nearly equal ones, rounding moves the fit
     main(arguments(tiny, rows_file, tmp_path / "run", "--valid", path, "--epochs", 12))
-    assert "20 groups are in both" in capsys.readouterr().out
+    assert "40 validation rows, this many share with a training row: group 40, text 40" in (
+        capsys.readouterr().out)
     meta = json.loads((tmp_path / "run" / "clsgen.json").read_text())
     records = load_run(tmp_path / "run").predict(valid, explain=False)
     y, raw, p = (np.array([record[key] for record in records])
@@ -344,6 +346,44 @@ def test_a_training_of_before_keeps_its_validation_rows(tiny, rows_file, tmp_pat
     main(["--resume", str(out)])
     now, before = taken
     assert before == {32, 33, 24, 25, 36, 37, 16, 17, 6, 7, 26, 27} != now
+
+
+def test_explanations_that_contradict_their_labels_are_refused(tiny, rows, tmp_path):
+    """Fails if "Yes. No. It is bad." trains unasked, if the flag does not allow it, or if a
+    training that was allowed to can't be continued without the flag."""
+    said = [{**row, "explanation": "No. It is bad."} if row["label"] else row for row in rows]
+    path = write_rows(tmp_path / "rows.jsonl", said)
+    few = ("--epochs", 0.3)
+    with pytest.raises(ValueError, match="16 explanations .* 'r0' .*--allow-contradictions"):
+        main(arguments(tiny, path, tmp_path / "run", *few))
+    assert not (tmp_path / "run").exists()
+    main(arguments(tiny, path, tmp_path / "run", "--allow-contradictions", *few))
+    main(["--resume", str(tmp_path / "run")])
+
+
+def test_what_is_odd_is_said_before_the_training(tiny, rows, rows_file, tmp_path, capsys):
+    """Fails if one of these starts without a word: few steps, the default question, explanations of
+    one class, validation rows that are training rows, be they a file's or split off."""
+    plain = [{"text": row["text"], "label": row["label"]} for row in rows]
+    bad = [row | ({"explanation": "It is bad."} if row["label"] else {}) for row in plain]
+    path = write_rows(tmp_path / "bad.jsonl", bad + bad)
+    few = ("--epochs", 0.3, "--overwrite")
+
+    main(arguments(tiny, path, tmp_path / "run", *few))
+    out = capsys.readouterr().out
+    assert "56 training rows, 8 a step, make only 2 steps" in out
+    assert "the question is the default one" in out
+    assert "none of the 48 No rows has an explanation" in out
+    assert re.search("warning: of 24 validation rows, this many share .* text [0-9]+;", out)
+
+    # a line number is no id, and other rows share nothing
+    other = write_rows(tmp_path / "other.jsonl", [
+        {**row, "text": row["text"] + "!"} for row in plain])
+    for valid, shared in ((path, "of 80 validation rows, .*: text 80;"), (other, None)):
+        main(arguments(tiny, path, tmp_path / "run", *few, "--valid", valid, "--question", "Bad?"))
+        out = capsys.readouterr().out
+        assert "default one" not in out
+        assert bool(re.search(shared or "validation rows, this many", out)) == bool(shared)
 
 
 def test_another_read_out_does_not_continue_a_training(tiny, rows_file, tmp_path, monkeypatch):
