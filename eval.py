@@ -25,7 +25,8 @@ import numpy as np
 
 from clsgen import CLSGen
 from data import read_rows
-from metrics import auroc, group_numbers, none_if_undefined, score_metrics, text_metrics
+from metrics import (
+    auroc, group_numbers, interval_warnings, none_if_undefined, score_metrics, text_metrics)
 from plumbing.checkpoint import base_fingerprint, load_llama
 from plumbing.files import continue_job, write_atomically
 from plumbing.packed import pack
@@ -204,7 +205,7 @@ def calibrate_zero_shot(run, valid, args):
     y = [row["label"] for row in valid]
     z = run.raw_logits(valid, args.batch, progress=True)
     run.fitted, sentence = fit(run.fitted.scorer, y, z, run.fitted.base_rate)
-    print(f"{ZERO_SHOT} {sentence}")
+    print(f"{ZERO_SHOT}: {sentence}")
 
 
 # --- predicting, which may be stopped and continued -----------------------------------------------
@@ -402,13 +403,14 @@ def describe(rows):
 
 # --- printing -------------------------------------------------------------------------------------
 def print_report(report, args):
-    """Prints the number of rows, a warning if there are too few groups, and the tables."""
+    """Prints the number of rows, why the intervals may not be relied on, and the tables."""
+        "warnings": interval_warnings(labels, groups),
     print(f"\n{args.data}: {report['n']} rows, {report['positives']} positive, "
           f"{report['groups']} groups; [95 % interval, groups resampled {args.draws} times]")
     if report["bayes_auroc"]:
         print(f"the true p of the rows has AUROC {report['bayes_auroc']:.3f}: the ceiling")
-    if report["groups"] < 20:
-        print("warning: under 20 groups the intervals are too narrow")
+    for sentence in report["warnings"]:
+        print(f"warning: {sentence}")
     print_tables(report["metrics"])
     print(f"\nwrote {args.out}/eval.json and predictions.jsonl")
 

@@ -60,6 +60,32 @@ def mean_or_none(values):
     return float(np.mean(values))
 
 
+FEWEST_ROWS = 10  # of each class: with fewer, nothing is fitted, and no interval is relied on
+FEWEST_GROUPS = 20  # with fewer, intervals are too narrow
+
+
+def rarer_class(y):
+    """(label, rows): the class that has fewer rows, and how many it has."""
+    rows = np.bincount(np.asarray(y, dtype=np.int64), minlength=2)
+    label = int(rows.argmin())
+    return label, int(rows[label])
+
+
+def interval_warnings(y, groups=None):
+    """Sentences that say why the intervals of these rows are not to be relied on; mostly none.
+
+    groups: as in `group_numbers`.
+    """
+    warnings = []
+    label, rows = rarer_class(y)
+    if rows < FEWEST_ROWS:
+        warnings.append(f"{rows} rows are of class {label}: with fewer than {FEWEST_ROWS} rows of "
+                        "a class, the intervals are not to be relied on")
+    if len(set(group_numbers(groups, len(y)))) < FEWEST_GROUPS:
+        warnings.append(f"under {FEWEST_GROUPS} groups the intervals are too narrow")
+    return warnings
+
+
 # --- ranking --------------------------------------------------------------------------------------
 def counts_by_value(y, p):
     """Counts the rows and the positive rows at each value of p: tied rows have no order.
@@ -344,8 +370,6 @@ def calibrate(y, z):
     tells the user the result, or why nothing could be fitted: then temperature and bias are (1, 0).
     """
     try:
-        if len(y) < 30:
-            raise ValueError(f"{len(y)} validation rows, expected at least 30")
         slope, bias = calibration_slope(y, sigmoid(z))
         if slope <= 0:
             raise ValueError(f"the score ranks these rows the wrong way (slope {slope:.3f})")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from clsgen import CLSGen, Reading, add_lora, base_model, choose_token
 from data import collate, encode_rows
-from metrics import best_f1_threshold, calibrate, calibrated
+from metrics import FEWEST_ROWS, best_f1_threshold, calibrate, calibrated, rarer_class
 from plumbing.adapter import adapter_config, adapter_tensors, check_lora, load_adapter
 from plumbing.checkpoint import base_fingerprint, load_llama
 from plumbing.files import read_json, sha256_of, write_json, write_tensors
@@ -80,14 +80,34 @@ def fit(scorer, y, z, base_rate):
     """(Fitted, a sentence that says what was done) from labels and raw logits of validation rows.
 
     First the calibration by log loss, then the threshold of the best F1 on the calibrated p.
-    y, z (N,).
+    Nothing is fitted to fewer than FEWEST_ROWS rows of either class. y, z (N,).
     """
+    label, rows = rarer_class(y)
+    if rows < FEWEST_ROWS:
+        fitted = Fitted(scorer, base_rate=base_rate)
+        return fitted, (
+            f"nothing is fitted: {rows} of {len(y)} validation rows are of class {label}, at least "
+            f"{FEWEST_ROWS} of each class are needed; p stays as it is (temperature 1, bias 0), "
+            f"the threshold is {fitted.threshold}. More validation rows (--valid) change that")
+
     temperature, bias, sentence = calibrate(y, z)
     p = calibrated(z, temperature, bias)
     return Fitted(scorer, temperature, bias, best_f1_threshold(y, p), base_rate), sentence
 
 
 # --- a run ----------------------------------------------------------------------------------------
+def as_rows(rows):
+    """Texts or row dicts, or a single one of either, as a list of row dicts with an id."""
+    if isinstance(rows, str | dict):
+        rows = [rows]
+    named_rows = []
+    for number, row in enumerate(rows, 1):
+        if isinstance(row, str):
+            row = {"text": row}
+        named_rows.append({"id": number, **row})
+    return named_rows
+
+
 class Run:
     """A model and all that a prediction needs: its prompts, and what was fitted.
 
@@ -114,14 +134,7 @@ class Run:
         """
         if decide not in ("text", "head"):
             raise ValueError(f'decide is {decide!r}, expected "text" or "head"')
-        if isinstance(rows, str | dict):
-            rows = [rows]
-        named_rows = []
-        for number, row in enumerate(rows, 1):
-            if isinstance(row, str):
-                row = {"text": row}
-            named_rows.append({"id": number, **row})
-        examples = encode_rows(named_rows, self.prompts, answers=False)
+        examples = encode_rows(as_rows(rows), self.prompts, answers=False)
 
         # rows of similar length share a batch, so that little is padded
         order = sorted(range(len(examples)), key=lambda i: -len(examples[i]))
@@ -215,11 +228,11 @@ class Run:
         -log p(token), then KL(run || base model), and the number of tokens. Without a LoRA that
         could be switched off the base model is not known: the KL is NaN.
         """
-        examples = encode_rows(rows, self.prompts, refuse=False)
+        examples = encode_rows(as_rows(rows), self.prompts, refuse=False)
         explained = [i for i, example in enumerate(examples) if example.answer]
         order = sorted(explained, key=lambda i: -len(examples[i]))
 
-        sums = np.zeros((len(rows), 3))
+        sums = np.zeros((len(examples), 3))
         for start in tqdm(range(0, len(order), batch_size), unit="batch", disable=not progress):
             indices = np.array(order[start : start + batch_size])
             batch = collate([examples[i] for i in indices], self.device)

@@ -28,7 +28,7 @@ from clsgen import CLSGen, add_lora, joint_loss, label_loss, total_loss
 from data import (
     collate, contradicting_rows, count_shared, encode_rows, print_remarks, read_rows, split_valid,
     warn_of_default_question)
-from metrics import auroc, calibrated, collapse, score_metrics, sigmoid
+from metrics import auroc, calibrated, collapse, interval_warnings, score_metrics, sigmoid
 from plumbing.adapter import load_adapter
 from plumbing.checkpoint import base_fingerprint, load_llama
 from plumbing.former_split import split_valid_formerly
@@ -357,9 +357,12 @@ def finish(args, model, prompts, rows, z, base_rate, step):
     })
 
     p = calibrated(z, fitted.temperature, fitted.bias)
-    columns = {"calibrated": score_metrics(y, p, p >= fitted.threshold),
-               "raw": score_metrics(y, sigmoid(z))}
-    print(f"\n{len(y)} validation rows, the ones that calibration and threshold were fitted on:\n")
+    groups = [row.get("group") for row in rows]
+    columns = {"calibrated": score_metrics(y, p, p >= fitted.threshold, groups=groups),
+               "raw": score_metrics(y, sigmoid(z), groups=groups)}
+    print(f"\n{len(y)} validation rows, the ones for calibration and threshold:\n")
+    for warning in interval_warnings(y, groups):
+        print(f"warning: {warning}")
     print(table(columns, ("auroc", "f1", "log_loss", "ece", "ece_floor")))
 
     first_middle_last = [rows[0], rows[len(rows) // 2], rows[-1]]

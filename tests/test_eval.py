@@ -171,6 +171,19 @@ def test_the_base_model_is_calibrated_as_a_run_is(runs, rows, rows_file, tiny, t
     assert own["calibrated"] and "f1" in own and "zero-shot raw" in report["metrics"]
 
 
+def test_three_rows_of_a_class_fit_nothing_and_are_marked(runs, rows, tiny, tmp_path, capsys):
+    """Fails if the base model is calibrated on what train.py would not be, or if intervals from so
+    few rows are printed or written as any others."""
+    bad, good = ([row for row in rows if row["label"] == label] for label in (1, 0))
+    few = write_rows(tmp_path / "few.jsonl", [*bad[:3], *good])
+    ev.main(f"--run {runs}/joint --model {tiny} --data {few} --valid {few} --draws 20 "
+            f"--out {tmp_path} --explain 0".split())
+    shown, (report, _) = capsys.readouterr().out, read(tmp_path)
+    assert "zero-shot: nothing is fitted: 3 of 27" in shown
+    assert "warning: 3 rows are of class 1" in shown and "3 rows" in report["warnings"][0]
+    assert not report["metrics"]["zero-shot label token"]["calibrated"]
+
+
 def test_a_piece_of_work_is_not_done_twice(runs, rows_file, tmp_path, monkeypatch):
     """Fails if a stop between texts and probabilities loses the texts, or if what is kept counts
     without its seconds."""

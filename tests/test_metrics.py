@@ -335,7 +335,7 @@ def test_nothing_to_measure_is_none():
 
 def test_calibration_finds_temperature_and_bias():
     """Fails if temperature multiplies, if the bias is added before the division, or if a fit is
-    made of too few rows, or of a score that ranks the wrong way or parts the classes."""
+    made of a score that ranks the wrong way or parts the classes."""
     rng = np.random.default_rng(0)
     logit = rng.normal(0, 2, 20000)
     y = rng.random(20000) < 1 / (1 + np.exp(-logit))
@@ -345,9 +345,16 @@ def test_calibration_finds_temperature_and_bias():
     assert temperature == pytest.approx(3, rel=0.05)
     p = mt.sigmoid(z / temperature + bias)
     assert p == pytest.approx(1 / (1 + np.exp(-logit)), abs=0.02)
-    temperature, bias, sentence = mt.calibrate(y[:20], logit[:20])
-    assert (temperature, bias) == (1, 0) and "expected at least 30" in sentence
-    p = mt.sigmoid(logit[:20] / temperature + bias)
-    assert p == pytest.approx(1 / (1 + np.exp(-logit[:20])))
     assert "wrong way" in mt.calibrate(y, -logit)[2]
     assert "separates" in mt.calibrate(y, y * 2.0 - 1)[2]
+
+
+@pytest.mark.parametrize("positives, rows, groups, words", [
+    (10, 40, None, []), (30, 40, None, []), (9, 40, None, ["9 rows are of class 1"]),
+    (31, 40, None, ["9 rows are of class 0"]), (20, 40, [i // 3 for i in range(40)], ["20 groups"]),
+    (2, 18, None, ["2 rows are of class 1", "20 groups"])])
+def test_intervals_of_few_rows_are_not_relied_on(positives, rows, groups, words):
+    """Fails if rows are counted and not those of the rarer class, or groups are not counted."""
+    warnings = mt.interval_warnings(np.arange(rows) < positives, groups)
+    assert len(warnings) == len(words)
+    assert all(word in warning for word, warning in zip(words, warnings, strict=True))

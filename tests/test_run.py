@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import near
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from clsgen import TARGETS, CLSGen, states_at
-from run import Fitted, load_run, save_run
+from run import Fitted, fit, load_run, save_run
 
 HEAD = "base_model.model.score.weight"
 
@@ -130,11 +131,28 @@ def test_a_run_of_before_has_no_read_out_on_record_and_opens(run, rows, tmp_path
     assert [r | {"run": ""} for r in ours] == [r | {"run": ""} for r in theirs]
 
 
-def test_a_string_is_one_text(run):
-    """Fails if a string is taken for a list of its characters."""
-    (record,) = run.predict("the result is bad")
-    (same,) = run.predict(["the result is bad"])
-    assert record == same
+@pytest.mark.parametrize("row", ["the result is bad", {"text": "the result is bad", "label": 1,
+                                                       "explanation": "It is bad."}])
+def test_a_single_row_needs_no_list(run, row):
+    """Fails if a string is taken for a list of its characters, or a dict for one of its keys."""
+    assert run.predict(row) == run.predict([row]) and len(run.predict(row)) == 1
+    assert run.raw_logits(row).shape == (1,)
+    sums = run.reference_sums(row)
+    assert sums.shape == (1, 3) and sums.any() == isinstance(row, dict)
+
+
+@pytest.mark.parametrize("positives, rows", [(9, 400), (10, 20), (11, 20), (3, 400), (397, 400)])
+def test_nothing_is_fitted_to_a_handful_of_a_class(positives, rows):
+    """Fails if the rows are counted and not those of the rarer class, or the threshold is fitted
+    all the same."""
+    y = np.arange(rows) < positives
+    z = np.where(y, 2.0, 0.0) + np.random.default_rng(0).normal(size=rows)
+    fitted, sentence = fit("label_token", y, z, 0.4)
+    if min(positives, rows - positives) < 10:
+        assert fitted == Fitted("label_token", base_rate=0.4)
+        assert "nothing is fitted" in sentence and "--valid" in sentence
+    else:
+        assert fitted.temperature != 1 and fitted.threshold != 0.5 and "calibrated" in sentence
 
 
 @pytest.mark.parametrize("changes", [
