@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from plumbing.near_texts import count_near_texts
 from plumbing.other_forms import label_advice, refuse_other_form
-from plumbing.script import printable, run_main
+from plumbing.script import Help, printable, run_main
 from prompts import QUESTION, Prompts, add_prompt_arguments, stated_label
 
 
@@ -631,7 +631,7 @@ def leaks(train, test):
 # --- the command ----------------------------------------------------------------------------------
 def main(argv=None):
     """Checks a file and prints what is in it."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     parser.add_argument("data", help="a JSON Lines file")
     parser.add_argument("--test", help="counts what these rows share with those of data")
     parser.add_argument("--model", default="models/smollm2-135m", help="for its tokenizer")

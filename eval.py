@@ -30,7 +30,7 @@ from metrics import (
 from plumbing.checkpoint import base_fingerprint, load_llama
 from plumbing.files import continue_job, write_atomically
 from plumbing.packed import pack
-from plumbing.script import dtype_name, refuse, run_main, versions
+from plumbing.script import Help, dtype_name, refuse, run_main, versions
 from plumbing.tables import table
 from prompts import Prompts
 from run import Fitted, Run, fit, load_run
@@ -123,23 +123,29 @@ def main(argv=None):
 # --- what is scored, and by whom ------------------------------------------------------------------
 def parse(argv=None):
     """The arguments. ValueError if some do not fit together or the results are there already."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     add = parser.add_argument
     add("--run", required=True, type=Path, action="append",
         help="run folder, from train.py; again for each run to compare with the first")
     add("--data", required=True, type=Path, help="JSON Lines file with labels")
+    add("--out", type=Path, help="results (default: RUN/eval/DATA; of several runs, out/DATA)")
+    add("--overwrite", action="store_true", help="replace results that are there, or half there")
+
+    add = parser.add_argument_group("the base model").add_argument
     add("--model", help="folder of the base model: scored as well, zero-shot, with the first run's "
         "prompts (default: not, and each run names its base)")
     add("--valid", type=Path, help="validation rows: calibrate the base model's p as a run's is")
+
+    add = parser.add_argument_group("how much").add_argument
     add("--rows", type=int, help="only the first N rows of a seeded shuffle (default: all)")
     add("--explain", type=int, help="texts for the first N of that shuffle only (default: all)")
-    add("--out", type=Path, help="results (default: RUN/eval/DATA; of several runs, out/DATA)")
-    add("--overwrite", action="store_true", help="replace results that are there, or half there")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="default: the run's")
-    add("--device", help="such as cpu or cuda")
-    add("--batch", type=int, default=16, help="rows at a time")
     add("--draws", type=int, default=1000, help="resamples for intervals and for the ECE floor")
     add("--seed", type=int, default=0, help="of the shuffle and the resamples")
+
+    add = parser.add_argument_group("the machine").add_argument
+    add("--batch", type=int, default=16, help="rows at a time")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="default: the run's")
+    add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     args = parser.parse_args(argv)
 
     if args.out is None:
@@ -398,13 +404,13 @@ def describe(rows):
         "positives": sum(labels),
         "groups": len(set(group_numbers(groups, len(rows)))),
         "bayes_auroc": bayes_auroc,
+        "warnings": interval_warnings(labels, groups),
     }
 
 
 # --- printing -------------------------------------------------------------------------------------
 def print_report(report, args):
     """Prints the number of rows, why the intervals may not be relied on, and the tables."""
-        "warnings": interval_warnings(labels, groups),
     print(f"\n{args.data}: {report['n']} rows, {report['positives']} positive, "
           f"{report['groups']} groups; [95 % interval, groups resampled {args.draws} times]")
     if report["bayes_auroc"]:

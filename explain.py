@@ -28,7 +28,7 @@ from plumbing.checkpoint import base_fingerprint, load_llama
 from plumbing.files import continue_job, sha256_of, write_atomically
 from plumbing.near_texts import shingles
 from plumbing.packed import pack
-from plumbing.script import pick_device, refuse, run_main
+from plumbing.script import Help, pick_device, refuse, run_main
 from prompts import SYSTEM, Prompts, add_prompt_arguments, stated_label
 from run import Fitted, Run
 
@@ -486,27 +486,34 @@ def check_arguments(args):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    teacher = parser.add_mutually_exclusive_group(required=True)
-    teacher.add_argument("--model", type=Path, help="the teacher: a Hugging Face folder")
-    teacher.add_argument("--endpoint", help="or a server, OpenAI's protocol: http://host:port/v1")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     add = parser.add_argument
     add("--data", required=True, type=Path, help="JSON Lines rows with labels")
     add("--out", required=True, type=Path, help="the rows, explained; continues after a stop")
-    add("--teacher", help="the model's name at the endpoint")
-    add("--key-env", help="environment variable that holds the endpoint's key")
-    add("--concurrency", type=int, default=4, help="requests at a time")
-    add("--timeout", type=float, default=120, help="seconds that a server may be silent")
-    add("--retries", type=int, default=5, help="of a request, after 1, 2, 4, ... seconds")
+    teacher = parser.add_mutually_exclusive_group(required=True)
+    teacher.add_argument("--model", type=Path, help="the teacher: a Hugging Face folder")
+    teacher.add_argument("--endpoint", help="or a server, OpenAI's protocol: http://host:port/v1")
+    add_prompt_arguments(parser)  # --question, and a group of others
+
+    add = parser.add_argument_group("samples and checks").add_argument
     add("--tries", type=int, default=4, help="samples for a row")
     add("--temperature", type=float, default=0.7, help="of the samples")
     add("--top-p", type=float, default=0.9, help="draw from this share of the probability mass")
     add("--seed", type=int, default=0, help="of the draws")
     add("--grounded", type=float, default=0.5, help="least share of content words from the text")
     add("--words", type=int, nargs=2, default=[5, 80], metavar=("LOW", "HIGH"), help="length")
-    add("--batch", type=int, default=16, help="rows at a time with --model")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
-    add_prompt_arguments(parser)
+
+    add = parser.add_argument_group("with --endpoint").add_argument
+    add("--teacher", help="the model's name at the endpoint")
+    add("--key-env", help="environment variable that holds the endpoint's key")
+    add("--concurrency", type=int, default=4, help="requests at a time")
+    add("--timeout", type=float, default=120, help="seconds that a server may be silent")
+    add("--retries", type=int, default=5, help="of a request, after 1, 2, 4, ... seconds")
+
+    add = parser.add_argument_group("with --model").add_argument
+    add("--batch", type=int, default=16, help="rows at a time")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
+        help="of the teacher; auto: bfloat16, on a CPU if it multiplies it")
     return parser.parse_args(argv)
 
 

@@ -16,7 +16,7 @@ from clsgen import CLSGen, LoRALinear
 from plumbing.adapter import HEAD, adapter_tensors
 from plumbing.checkpoint import base_fingerprint, checkpoint_files, disk_name, load_llama
 from plumbing.files import write_json, write_tensors
-from plumbing.script import refuse, run_main
+from plumbing.script import Help, refuse, run_main
 from run import Run, load_run
 
 
@@ -72,7 +72,7 @@ def merged_weight(weight, layer):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     add = parser.add_argument
     add("--run", required=True, help="a run folder of train.py")
     add("--out", required=True, type=Path, help="the folder to write; must not exist")

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from clsgen import choose_token
 from data import encode_rows, read_rows
 from plumbing.files import continue_job, sha256_of, write_atomically
-from plumbing.script import dtype_name, printable, refuse, run_main, versions
+from plumbing.script import Help, dtype_name, printable, refuse, run_main, versions
 from run import load_run
 
 
@@ -118,20 +118,24 @@ def token_chooser(args, seed):
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     add = parser.add_argument
     add("--run", required=True, help="a run folder of train.py, or a merged folder of export.py")
     add("--text", help="one text: prints its probability and streams the explanation")
     add("--data", type=Path, help="JSON Lines rows with `text`")
-    add("--out", type=Path, help="predictions, JSON Lines")
+    add("--out", type=Path, help="predictions of --data, JSON Lines")
     add("--overwrite", action="store_true", help="replace the predictions in --out")
+
+    add = parser.add_argument_group("the explanation").add_argument
     add("--no-explain", action="store_true", help="probabilities only")
     add("--decide", choices=["text", "head"], default="text", help="who states the answer's label")
-    add("--temperature", type=float, default=0.0, help="0 (default): the likeliest token")
+    add("--temperature", type=float, default=0.0, help="of the draws; 0: the likeliest token")
     add("--top-p", type=float, default=1.0, help="draw from this share of the mass")
     add("--seed", type=int, default=0, help="of the draws")
-    add("--batch", type=int, default=16, help="rows at a time")
+
+    add = parser.add_argument_group("model and machine").add_argument
     add("--model", help="the base model's folder, if it has moved")
+    add("--batch", type=int, default=16, help="rows at a time")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="default: the run's")
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     args = parser.parse_args(argv)

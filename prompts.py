@@ -378,9 +378,10 @@ def check_model(folder, config, eos_ids, tokenizer, format, longest):
 # --- flags ----------------------------------------------------------------------------------------
 def add_prompt_arguments(parser):
     """Adds the flags that make a prompt: the same in every script that encodes rows."""
-    add = parser.add_argument
-    add("--question", default=QUESTION, help="asked above every text")
-    add("--labels", nargs=2, default=["no", "yes"], metavar=("ZERO", "ONE"), help="their words")
+    parser.add_argument("--question", default=QUESTION, help="asked above every text")
+    add = parser.add_argument_group("the prompt").add_argument
+    add("--labels", nargs=2, default=["no", "yes"], metavar=("ZERO", "ONE"),
+        help="the words of class 0 and class 1")
     add("--format", choices=FRAMES, help="chat frame (default: by the tokenizer's special tokens)")
     add("--max-prompt", type=int, default=1024, help="tokens; the middle of a longer text is cut")
     add("--max-answer", type=int, default=256,

@@ -1,5 +1,6 @@
 """What every script does: one sentence for an error, signals, the device, versions."""
 
+import argparse
 import ctypes
 import os
 import signal
@@ -14,17 +15,56 @@ import torch
 def run_main(main, when_stopped="stopped"):
     """Runs a script's main: what a user can put right is one sentence and exit code 2.
 
+    A terminal gets characters that its encoding lacks as escapes. If nobody reads the output any
+    more, as with `| head`, the script ends silently with the exit code of other tools, 141.
     when_stopped: what Ctrl-C makes it say.
     """
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        code = exit_code(main, when_stopped)
+        sys.stdout.flush()  # now, while an error can still be caught
+    except BrokenPipeError:
+        code = 141
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):  # Python writes what is left when it ends
+            os.dup2(nowhere, stream.fileno())
+    sys.exit(code)
+
+
+def exit_code(main, when_stopped):
+    """Calls main, says its error in one sentence, and returns the script's exit code."""
     try:
         main()
+    except SystemExit as stop:  # of --help, for example
+        return stop.code
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         print("error:", printable(str(error)), file=sys.stderr)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
         print(when_stopped, file=sys.stderr)
-        sys.exit(130)
+        return 130
+    return 0
+
+
+class Help(argparse.HelpFormatter):
+    """--help that ends a flag's line with its default, unless there is none or the line names it.
+
+    A parser gets it as its formatter_class.
+    """
+
+    def _get_help_string(self, action):
+        default = action.default
+        has_none = default is None or default is False or default is argparse.SUPPRESS
+        if has_none or "default" in action.help:
+            return action.help
+        if isinstance(default, list):
+            default = " ".join(map(str, default))
+        text = str(default).replace("%", "%%")  # argparse takes a % for one of its own marks
+        return f"{action.help} (default: {text})"
 
 
 def refuse(problems):

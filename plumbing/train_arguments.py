@@ -11,26 +11,37 @@ from plumbing.adapter import read_adapter_config
 from plumbing.checkpoint import base_fingerprint
 from plumbing.files import sha256_of
 from plumbing.resume import STATE, read_state
-from plumbing.script import dtype_name, refuse, versions
+from plumbing.script import Help, dtype_name, refuse, versions
 from prompts import add_prompt_arguments
 
 
 def parse(argv=None):
     """The flags of train.py. With --resume, those that the run had."""
     parser = argparse.ArgumentParser(
-        description="Joint training: LoRA and a score head on one Llama.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    # data
-    add("--data", type=Path, help="training rows, JSON Lines")
+        usage="%(prog)s --data ROWS --question TEXT [--model FOLDER] [other flags]\n"
+              "       %(prog)s --resume RUN",
+        description="Joint training: LoRA and a score head on one Llama.", formatter_class=Help)
+    parser.add_argument("--data", type=Path, help="training rows, JSON Lines")
+    parser.add_argument("--model", default="models/smollm2-135m",
+                        help="Hugging Face folder of the base model")
+    add_prompt_arguments(parser)  # --question, and a group of others
+
+    add = parser.add_argument_group("validation rows").add_argument
     add("--valid", type=Path, help="validation rows, JSON Lines")
     add("--valid-fraction", type=float, default=0.1, help="without --valid: this share of --data")
     add("--valid-rows", type=int, default=500, help="validate on at most this many rows")
     add("--allow-contradictions", action="store_true",
         help="train on explanations that state the other label, too")
-    add_prompt_arguments(parser)
-    # model
-    add("--model", default="models/smollm2-135m", help="Hugging Face folder of the base model")
+
+    add = parser.add_argument_group("the run folder").add_argument
+    add("--out", type=Path, help="run folder (default: runs/ and the name of --data)")
+    add("--overwrite", action="store_true", help="replace the run in --out, from the first step on")
+    add("--resume", type=Path, metavar="RUN", help="continue this run with the flags it had")
+    add("--keep-best", action="store_true", help="keep the step of lowest validation BCE")
+    add("--valid-every", type=int, help="validate every so many steps (default: each epoch)")
+    add("--save-every", type=int, default=50, help="save every so many steps; validations save too")
+
+    add = parser.add_argument_group("the model").add_argument
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
         help="of the base; auto: bfloat16, on a CPU if it multiplies it")
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
@@ -38,16 +49,17 @@ def parse(argv=None):
     add("--alpha", type=float, default=32.0, help="LoRA's product is scaled by alpha / rank")
     add("--targets", nargs="+", default=list(TARGETS), choices=TARGETS, metavar="PROJ",
         help="projections that LoRA wraps")
-    add("--init-adapter", help="start from a LoRA adapter of peft: with its rank, alpha, targets")
+    add("--init-adapter", help="start from a run, or from a LoRA adapter of peft: with its rank, "
+        "alpha, targets")
     add("--head-start", default="label-words", choices=["label-words", "random"],
         help="initial score head: lm_head's row for the word of class 1 minus that of class 0")
     add("--checkpointing", action="store_true", help="recompute activations: less memory, slower")
-    # loss
+
+    add = parser.add_argument_group("loss and steps").add_argument
     add("--cls-weight", type=float, default=1.0, help="of the score head's BCE")
     add("--lm-weight", type=float, default=1.0, help="of the explanations' cross-entropy")
     add("--label-loss", choices=["vocabulary", "words"], help="with --cls-weight 0: one more term, "
         "the cross-entropy of the label's token over all tokens, or over the two label words")
-    # steps
     add("--epochs", type=float, default=3.0, help="passes over the training rows")
     add("--batch", type=int, default=16, help="rows of one optimizer step")
     add("--micro-batch", type=int, default=4, help="rows of one forward pass")
@@ -56,13 +68,6 @@ def parse(argv=None):
     add("--warmup", type=float, default=0.05, help="share of the steps; then linear decay to zero")
     add("--clip", type=float, default=1.0, help="gradient norm, of LoRA and of the head")
     add("--seed", type=int, default=0, help="of initial values, order and validation split")
-    # run folder
-    add("--out", type=Path, help="run folder (default: runs/ and the name of --data)")
-    add("--overwrite", action="store_true", help="replace the run in --out, from the first step on")
-    add("--valid-every", type=int, help="validate every so many steps (default: each epoch)")
-    add("--keep-best", action="store_true", help="keep the step of lowest validation BCE")
-    add("--save-every", type=int, default=50, help="save every so many steps; validations save too")
-    add("--resume", type=Path, metavar="RUN", help="continue this run with the flags it had")
 
     args = parser.parse_args(argv)
     if args.resume:
