@@ -7,6 +7,7 @@ Only `text` is needed in a row. A stopped command continues when it is given aga
 """
 
 import argparse
+import hashlib
 import json
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,7 @@ def predict_text(run, args):
 
     if explain:
         decisions = [record["label"]] if args.decide == "head" else []
-        choose = token_chooser(args, args.seed)
+        choose = token_chooser(args)
         ids = []
         text = ""
         shown = 0  # characters
@@ -72,6 +73,7 @@ def predict_file(run, rows, args):
         "temperature": args.temperature,
         "top_p": args.top_p,
         "seed": args.seed,
+        "draws": "by hash",  # earlier versions drew others from the same seed
         "batch": args.batch,
         "chunk_size": chunk_size,
         "dtype": dtype_name(run.llama.norm.weight.dtype),
@@ -81,7 +83,7 @@ def predict_file(run, rows, args):
 
     def predict_chunk(start):
         # the draws of a chunk are its own, so that they are the same wherever a job was stopped
-        choose = token_chooser(args, args.seed + start)
+        choose = token_chooser(args, start)
         chunk = rows[start : start + chunk_size]
         return run.predict(chunk, not args.no_explain, args.batch, args.decide, choose)
 
@@ -110,9 +112,14 @@ def check_ids(records, rows, part):
         raise ValueError(f"{part}: damaged; delete it to start anew")
 
 
-def token_chooser(args, seed):
-    """clsgen.choose_token with the flags of this command, and with draws of its own."""
-    generator = torch.Generator().manual_seed(seed)
+def token_chooser(args, start=0):
+    """clsgen.choose_token with the flags of this command, and with the draws of its chunk.
+
+    start: the first row of the chunk. A hash of both numbers is the seed: their sum would give the
+    rows from 128 on with --seed 1 the draws that the first rows have with --seed 129.
+    """
+    digest = hashlib.sha256(f"{args.seed} {start}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
     return partial(choose_token, temperature=args.temperature, top_p=args.top_p,
                    generator=generator)
 

@@ -3,10 +3,11 @@
 import json
 
 import pytest
+import torch
 from conftest import assert_refused, greedy_without_cache, run_script
 
 from plumbing.script import printable
-from predict import main
+from predict import main, parse, token_chooser
 from run import Run
 
 
@@ -71,6 +72,19 @@ def test_a_stopped_prediction_goes_on_from_any_byte(rows, run, tmp_path, monkeyp
         assert out.read_bytes() == due and not part.exists()
         assert len(calls) - 3 == 5 - (begun[:size].count(b"\n") - 1), "chunks of 8 still to do"
         out.unlink()
+
+
+def test_the_draws_of_chunks_and_seeds_do_not_overlap():
+    """Fails if --seed 1 from row 128 draws what --seed 129 draws from row 0, or one seed is not
+    enough to draw the same again."""
+    def draws(seed, start):
+        args = parse(f"--run x --text a --temperature 1 --seed {seed}".split())
+        return token_chooser(args, start)(torch.zeros(8, 1000)).tolist()
+
+    places = [(0, 0), (1, 0), (129, 0), (0, 128), (1, 128), (0, 1), (-1, 1), (2**63, 0)]
+    found = [draws(*place) for place in places]
+    assert len({*map(tuple, found)}) == len(places)
+    assert found == [draws(*place) for place in places]
 
 
 @pytest.mark.parametrize("line", [b"5", b"[]", b'[{"id": "x"}]', None])
