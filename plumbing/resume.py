@@ -15,6 +15,10 @@ from plumbing.files import write_atomically, write_tensors
 
 STATE = Path("resume") / "state.safetensors"  # in the run folder
 
+# What may lie elsewhere when a run is resumed: data_sha256 and the like in the configuration tell
+# whether the content is the same
+PLACES = ("data", "valid", "model")
+
 
 def save_state(folder, trained, optimizer, state, best):
     """Saves weights, moments and `state`: {"step", "config", "tokens", "seconds", "best_bce", ...}.
@@ -43,18 +47,37 @@ def read_state(folder):
             metadata = file.metadata()
         if metadata["sha256"] != digest_of(metadata["state"], tensors):
             raise ValueError("it is damaged")
-        return json.loads(metadata["state"]), tensors
+        state = json.loads(metadata["state"])
+        name_hashes_by_role(state["config"])
+        return state, tensors
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: nothing to resume from ({error})") from None
+
+
+def name_hashes_by_role(config):
+    """Earlier versions called a file's hash "sha256 of PATH"; it becomes data_sha256 and the like.
+
+    config: the configuration of a run, which is changed.
+    """
+    for name in ("data", "valid"):
+        old_key = f"sha256 of {config.get(name)}"
+        if old_key in config:
+            config[f"{name}_sha256"] = config[old_key]
+    for key in list(config):
+        if key.startswith("sha256 of "):
+            del config[key]
 
 
 def restore(folder, trained, optimizer, config):
     """Puts the saved tensors back -> (state, best), and cuts log.jsonl back to the saved step.
 
-    ValueError when flags, data, base model or number of ranks are not what they were.
+    ValueError when flags, data, base model or number of ranks are not what they were. Where data
+    and base model lie is not compared.
     """
     state, tensors = read_state(folder)
     compare_configs(folder, state["config"], config)
+    for name in PLACES:
+        state["config"][name] = config[name]
     try:
         for name, parameter in trained.items():
             parameter.data.copy_(tensors["weight." + name])
@@ -84,7 +107,7 @@ def compare_configs(folder, before, now):
     """ValueError that names what has changed; a warning for what changes the last bits only."""
     changes = []
     for name in [*now, *(before.keys() - now.keys())]:
-        if before.get(name) == now.get(name):
+        if name in PLACES or before.get(name) == now.get(name):
             continue
         change = f"{name} was {before.get(name)}, is {now.get(name)}"
         if name in ("versions", "threads"):
@@ -92,7 +115,14 @@ def compare_configs(folder, before, now):
         else:
             changes.append(change)
     if changes:
-        raise ValueError(f"--resume {folder}: {'; '.join(changes)}")
+        raise ValueError(f"--resume {folder}: {'; '.join(changes)}. A stopped run continues as it "
+                         f"began; once it is finished, {how_to_train_further(folder)}")
+
+
+def how_to_train_further(folder):
+    """The part of a sentence that says what to do instead of resuming a run with other flags."""
+    return (f"--init-adapter {folder} --out OTHER trains further from its weights, with new flags "
+            "and rows (give the same --question)")
 
 
 def digest_of(text, tensors):

@@ -10,7 +10,7 @@ from clsgen import TARGETS
 from plumbing.adapter import read_adapter_config
 from plumbing.checkpoint import base_fingerprint
 from plumbing.files import sha256_of
-from plumbing.resume import STATE, read_state
+from plumbing.resume import PLACES, STATE, how_to_train_further, read_state
 from plumbing.script import Help, dtype_name, refuse, versions
 from prompts import add_prompt_arguments
 
@@ -36,7 +36,8 @@ def parse(argv=None):
     add = parser.add_argument_group("the run folder").add_argument
     add("--out", type=Path, help="run folder (default: runs/ and the name of --data)")
     add("--overwrite", action="store_true", help="replace the run in --out, from the first step on")
-    add("--resume", type=Path, metavar="RUN", help="continue this run with the flags it had")
+    add("--resume", type=Path, metavar="RUN", help="continue this run with the flags it had; "
+        "--data, --valid and --model name the new places of what was moved")
     add("--keep-best", action="store_true", help="keep the step of lowest validation BCE")
     add("--valid-every", type=int, help="validate every so many steps (default: each epoch)")
     add("--save-every", type=int, default=50, help="save every so many steps; validations save too")
@@ -71,12 +72,14 @@ def parse(argv=None):
 
     args = parser.parse_args(argv)
     if args.resume:
+        refuse_if_finished(args, parser)
         state, _ = read_state(args.resume)
         saved = {name: state["config"][name] for name in vars(args) if name in state["config"]}
         # They become the defaults, so that a flag given now wins; `restore` refuses if it differs
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
         args.out = args.resume
+        check_places(args)
     elif args.data is None:
         raise ValueError("--data is missing (or --resume)")
     elif args.init_adapter:
@@ -90,6 +93,30 @@ def parse(argv=None):
     if args.resume:
         args.split = state["config"].get("split")
     return args
+
+
+def refuse_if_finished(args, parser):
+    """Ends a script that is to resume a finished run: there is nothing left to do.
+
+    ValueError if flags ask for something else than what the run has done.
+    """
+    if not (args.resume / "clsgen.json").exists():
+        return
+    sentence = f"{args.resume} is finished; {how_to_train_further(args.resume)}"
+    if args != parser.parse_args(["--resume", str(args.resume)]):
+        raise ValueError(sentence)
+    print(sentence)
+    parser.exit()
+
+
+def check_places(args):
+    """ValueError that names the flag for each file of a stopped run that is not there any more."""
+    problems = []
+    for name in PLACES:
+        place = getattr(args, name)
+        if place is not None and not Path(place).exists():
+            problems.append(f"{place} is not there any more; --{name} names its new place")
+    refuse(problems)
 
 
 def loss_weights(args):
@@ -168,7 +195,8 @@ def configuration(args, prompts, steps, dtype, device, ranks):
         "base_sha256": base_fingerprint(args.model),
         "versions": versions(),
     })
-    for path in (args.data, args.valid):
+    for name in ("data", "valid"):
+        path = getattr(args, name)
         if path:
-            config[f"sha256 of {path}"] = sha256_of(path)
+            config[f"{name}_sha256"] = sha256_of(path)
     return config

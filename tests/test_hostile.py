@@ -159,6 +159,7 @@ def test_a_mutated_save_is_restored_or_refused_by_name(tiny, rows_file, tmp_path
     whole, run = tmp_path / "whole", tmp_path / "run"
     train(["--data", str(rows_file), "--model", str(tiny), "--out", str(whole), "--rank", "2",
            "--epochs", "1", "--max-answer", "48", "--valid-fraction", "0.2"])
+    (whole / "clsgen.json").unlink()  # as if it had been stopped after its last save
     due, restored, refused = load_file(whole / "adapter_model.safetensors"), [], 0
     monkeypatch.setattr("train.finish", lambda args, model, *_: restored.append(model))
     for rng in cases(500):

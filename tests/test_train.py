@@ -5,6 +5,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, assert_refused, run_script, write_rows
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 from clsgen import CLSGen, add_lora
@@ -22,7 +23,7 @@ from data import Example
 from metrics import auroc, best_f1_threshold, calibrate
 from plumbing.checkpoint import load_llama
 from plumbing.files import write_tensors
-from plumbing.resume import STATE, compare_configs, digest_of, read_state
+from plumbing.resume import STATE, compare_configs, digest_of, read_state, restore
 from plumbing.train_arguments import check_arguments, parse
 from prompts import Prompts
 from run import load_run
@@ -306,28 +307,111 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
         main(arguments(tiny, rows_file, out))
 
 
+def unfinish(run):
+    """Makes a finished run one that was stopped between its last save and its end."""
+    (run / "clsgen.json").unlink()
+
+
+def rename_hashes(run, data):
+    """Gives a state the name that earlier versions had for the hash of the training rows."""
+    tensors = load_file(run / STATE)
+    state, _ = read_state(run)
+    state["config"][f"sha256 of {data}"] = state["config"].pop("data_sha256")
+    text = json.dumps(state)
+    save_file(tensors, run / STATE, {"state": text, "sha256": digest_of(text, tensors)})
+
+
 def test_resume_refuses_what_changed_and_names_it(tiny, rows_file, tmp_path, capsys, monkeypatch):
     """Fails if a run goes on with other rows, flags or base; or is stopped by what changes bits
     only, the number of threads."""
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes(rows_file.read_bytes())
+    resume = ["--resume", str(tmp_path / "run")]
     main(arguments(tiny, rows, tmp_path / "run", "--epochs", 0.3))
-    with pytest.raises(ValueError, match="lr was 0.02, is 0.5"):
-        main(["--resume", str(tmp_path / "run"), "--lr", "0.5"])
+    unfinish(tmp_path / "run")
+    with pytest.raises(ValueError, match="lr was 0.02, is 0.5.*--init-adapter .*run --out OTHER"):
+        main([*resume, "--lr", "0.5"])
     log = tmp_path / "run" / "log.jsonl"
     log.write_text(log.read_text() + "[1]\n")
     with pytest.raises(ValueError, match="log.jsonl does not fit"):
-        main(["--resume", str(tmp_path / "run")])
+        main(resume)
     log.write_text(log.read_text().replace("[1]\n", '{"step": 2, "half'))
     monkeypatch.setattr("torch.get_num_threads", lambda: 77)
-    main(["--resume", str(tmp_path / "run")])
+    main(resume)
     assert "is 77: the result may differ" in capsys.readouterr().out
+    unfinish(tmp_path / "run")
     rows.write_text(rows.read_text().replace("case 1:", "case 100:"))
-    with pytest.raises(ValueError, match="sha256 of .*rows.jsonl was"):
-        main(["--resume", str(tmp_path / "run")])
+    with pytest.raises(ValueError, match="data_sha256 was"):
+        main(resume)
     (tmp_path / "run" / STATE).write_bytes((tmp_path / "run" / STATE).read_bytes()[:-9])
     with pytest.raises(ValueError, match="nothing to resume from"):
-        main(["--resume", str(tmp_path / "run")])
+        main(resume)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_run_whose_files_were_moved_can_be_resumed(tiny, rows_file, trained, tmp_path, old):
+    """Fails if places are compared and not contents, if a state with the key of earlier versions is
+    refused, if the flag to give is not named, or if the new places are forgotten."""
+    model, data, adapter = (tmp_path / name for name in ("model", "data.jsonl", "adapter"))
+    shutil.copytree(tiny, model)
+    shutil.copy(rows_file, data)
+    shutil.copytree(trained, adapter)
+    flags = ["--valid", data, "--init-adapter", adapter, "--epochs", 1]
+    main(arguments(model, data, tmp_path / "run", *flags))
+    due = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
+    unfinish(tmp_path / "run")
+    if old:
+        rename_hashes(tmp_path / "run", data)
+    shutil.rmtree(adapter)
+    for path in (model, data, tmp_path / "run"):
+        path.rename(tmp_path / f"new-{path.name}")
+
+    run = tmp_path / "new-run"
+    with pytest.raises(ValueError, match="--data names .*--valid names .*--model names"):
+        main(["--resume", str(run)])
+    moved = {"--data": "new-data.jsonl", "--valid": "new-data.jsonl", "--model": "new-model"}
+    command = ["--resume", str(run)]
+    for flag, name in moved.items():
+        command += [flag, str(tmp_path / name)]
+    main(command)
+    assert (run / "adapter_model.safetensors").read_bytes() == due
+    assert load_run(run).about["base"] == str(tmp_path / "new-model")
+
+
+def test_the_places_of_a_resumed_run_are_remembered(tiny, rows_file, tmp_path):
+    """Fails if a run that was stopped again has to be told once more where its files are."""
+    data = shutil.copy(rows_file, tmp_path / "rows.jsonl")
+    out = tmp_path / "run"
+    main(arguments(tiny, data, out, "--epochs", 0.3))
+    unfinish(out)
+    model = CLSGen(add_lora(load_llama(tiny, torch.float32), 4, 32.0))
+    parts = model.parameters_by_part()
+    optimizer = torch.optim.AdamW([*parts["lora"].values(), *parts["head"].values()])
+    config = read_state(out)[0]["config"] | {"data": "elsewhere.jsonl"}
+    state, _ = restore(out, parts["lora"] | parts["head"], optimizer, config)
+    assert state["config"] == config
+
+
+def test_a_finished_run_is_not_done_again(tiny, rows_file, trained, tmp_path, capsys):
+    """Fails if --resume repeats the end of a finished run in silence, ends in an error where there
+    is nothing to do, or does not say how to train further."""
+    before = (trained / "clsgen.json").stat().st_mtime_ns
+    with pytest.raises(SystemExit) as stop:
+        main(["--resume", str(trained)])
+    assert not stop.value.code and f"{trained} is finished" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=f"is finished; --init-adapter {trained} --out OTHER"):
+        main(["--resume", str(trained), "--epochs", "9"])
+    assert (trained / "clsgen.json").stat().st_mtime_ns == before
+
+
+def test_a_run_can_be_trained_further_from_its_weights(tiny, rows, rows_file, trained, tmp_path):
+    """Fails if --init-adapter of a run folder starts from another head, or from another LoRA."""
+    further = ["--init-adapter", trained, "--epochs", 0.1, "--lr", 1e-9, "--head-lr", 1e-9]
+    main(arguments(tiny, rows_file, tmp_path / "run", *further))
+    first, second = (load_run(folder) for folder in (trained, tmp_path / "run"))
+    assert second.raw_logits(rows) == pytest.approx(first.raw_logits(rows), abs=1e-4)
+    assert [record["explanation"] for record in second.predict(rows[:4])] == [
+        record["explanation"] for record in first.predict(rows[:4])]
 
 
 def test_a_training_of_before_keeps_its_validation_rows(tiny, rows_file, tmp_path, monkeypatch):
@@ -337,6 +421,7 @@ def test_a_training_of_before_keeps_its_validation_rows(tiny, rows_file, tmp_pat
     main(arguments(tiny, rows_file, out, "--epochs", 0.3))
     monkeypatch.setattr("train.finish", lambda args, model, prompts, rows, *rest: taken.append(
         {int(row["id"][1:]) for row in rows}))
+    unfinish(out)
     main(["--resume", str(out)])
 
     state, tensors = read_state(out)
@@ -358,6 +443,7 @@ def test_explanations_that_contradict_their_labels_are_refused(tiny, rows, tmp_p
         main(arguments(tiny, path, tmp_path / "run", *few))
     assert not (tmp_path / "run").exists()
     main(arguments(tiny, path, tmp_path / "run", "--allow-contradictions", *few))
+    unfinish(tmp_path / "run")
     main(["--resume", str(tmp_path / "run")])
 
 
@@ -389,7 +475,9 @@ def test_what_is_odd_is_said_before_the_training(tiny, rows, rows_file, tmp_path
 def test_another_read_out_does_not_continue_a_training(tiny, rows_file, tmp_path, monkeypatch):
     """Fails if a fork that reads another token goes on where the last one was read."""
     main(arguments(tiny, rows_file, tmp_path / "run", "--epochs", 0.3))
+    unfinish(tmp_path / "run")
     main(["--resume", str(tmp_path / "run")])
+    unfinish(tmp_path / "run")
     read_out = CLSGen.read_out
     monkeypatch.setattr(CLSGen, "read_out", lambda self, h, end: read_out(self, h, end - 1))
     with pytest.raises(ValueError, match="another read-out"):
