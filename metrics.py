@@ -79,8 +79,8 @@ def interval_warnings(y, groups=None):
     warnings = []
     label, rows = rarer_class(y)
     if rows < FEWEST_ROWS:
-        warnings.append(f"{rows} rows are of class {label}: with fewer than {FEWEST_ROWS} rows of "
-                        "a class, the intervals are not to be relied on")
+        warnings.append(f"class {label} has {rows} of the {len(y)} rows: with fewer than "
+                        f"{FEWEST_ROWS} of a class, the intervals are not to be relied on")
     if len(set(group_numbers(groups, len(y)))) < FEWEST_GROUPS:
         warnings.append(f"under {FEWEST_GROUPS} groups the intervals are too narrow")
     return warnings

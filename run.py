@@ -86,7 +86,7 @@ def fit(scorer, y, z, base_rate):
     if rows < FEWEST_ROWS:
         fitted = Fitted(scorer, base_rate=base_rate)
         return fitted, (
-            f"nothing is fitted: {rows} of {len(y)} validation rows are of class {label}, at least "
+            f"nothing is fitted: class {label} has {rows} of the {len(y)} validation rows, and "
             f"{FEWEST_ROWS} of each class are needed; p stays as it is (temperature 1, bias 0), "
             f"the threshold is {fitted.threshold}. More validation rows (--valid) change that")
 

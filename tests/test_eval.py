@@ -179,8 +179,9 @@ def test_three_rows_of_a_class_fit_nothing_and_are_marked(runs, rows, tiny, tmp_
     ev.main(f"--run {runs}/joint --model {tiny} --data {few} --valid {few} --draws 20 "
             f"--out {tmp_path} --explain 0".split())
     shown, (report, _) = capsys.readouterr().out, read(tmp_path)
-    assert "zero-shot: nothing is fitted: 3 of 27" in shown
-    assert "warning: 3 rows are of class 1" in shown and "3 rows" in report["warnings"][0]
+    assert "zero-shot: nothing is fitted: class 1 has 3 of the 27" in shown
+    assert "warning: class 1 has 3 of the 27 rows" in shown
+    assert "class 1 has 3" in report["warnings"][0]
     assert not report["metrics"]["zero-shot label token"]["calibrated"]
 
 

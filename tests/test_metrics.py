@@ -350,9 +350,9 @@ def test_calibration_finds_temperature_and_bias():
 
 
 @pytest.mark.parametrize("positives, rows, groups, words", [
-    (10, 40, None, []), (30, 40, None, []), (9, 40, None, ["9 rows are of class 1"]),
-    (31, 40, None, ["9 rows are of class 0"]), (20, 40, [i // 3 for i in range(40)], ["20 groups"]),
-    (2, 18, None, ["2 rows are of class 1", "20 groups"])])
+    (10, 40, None, []), (30, 40, None, []), (9, 40, None, ["class 1 has 9 of"]),
+    (31, 40, None, ["class 0 has 9 of"]), (20, 40, [i // 3 for i in range(40)], ["20 groups"]),
+    (2, 18, None, ["class 1 has 2 of", "20 groups"])])
 def test_intervals_of_few_rows_are_not_relied_on(positives, rows, groups, words):
     """Fails if rows are counted and not those of the rarer class, or groups are not counted."""
     warnings = mt.interval_warnings(np.arange(rows) < positives, groups)
