@@ -49,6 +49,7 @@ def read_state(folder):
             raise ValueError("it is damaged")
         state = json.loads(metadata["state"])
         name_hashes_by_role(state["config"])
+        state["config"].setdefault("head_start", "label-words")  # once the only start there was
         return state, tensors
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: nothing to resume from ({error})") from None
