@@ -24,10 +24,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from plumbing.checkpoint import DEFAULT_MODEL
 from plumbing.near_texts import count_near_texts
 from plumbing.other_forms import label_advice, refuse_other_form
 from plumbing.script import Help, printable, run_main
-from prompts import QUESTION, Prompts, add_prompt_arguments, stated_label
+from prompts import QUESTION, Prompts, add_prompt_arguments, check_base, stated_label
 
 
 # --- examples and batches -------------------------------------------------------------------------
@@ -634,13 +635,14 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     parser.add_argument("data", help="a JSON Lines file")
     parser.add_argument("--test", help="counts what these rows share with those of data")
-    parser.add_argument("--model", default="models/smollm2-135m", help="for its tokenizer")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="for its tokenizer")
     add_prompt_arguments(parser)
     args = parser.parse_args(argv)
 
     rows = read_rows(args.data)
     test = read_rows(args.test) if args.test else None
     prompts = Prompts.from_arguments(args)
+    check_base(prompts, args.model)
     examples = encode_rows(rows, prompts, refuse=False)
 
     print_counts(rows, examples, prompts)

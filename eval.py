@@ -32,7 +32,7 @@ from plumbing.files import continue_job, write_atomically
 from plumbing.packed import pack
 from plumbing.script import Help, dtype_name, refuse, run_main, versions
 from plumbing.tables import table
-from prompts import Prompts
+from prompts import Prompts, check_base
 from run import Fitted, Run, fit, load_run
 
 ZERO_SHOT = "zero-shot"  # the name of the base model in the results
@@ -200,6 +200,7 @@ def load_zero_shot(args):
     llama = load_llama(args.model, first.llama.norm.weight.dtype, first.device)
     model = CLSGen(pack(llama)).eval()
     prompts = Prompts(args.model, **first.prompts.settings())
+    check_base(prompts, args.model)
     fitted = Fitted(scorer="label_token", base_rate=first.fitted.base_rate)
     run = Run(model, prompts, fitted, name=ZERO_SHOT, has_lora=False)
     run.about = {"base_fingerprint": base_fingerprint(args.model)}

@@ -29,7 +29,7 @@ from plumbing.files import continue_job, sha256_of, write_atomically
 from plumbing.near_texts import shingles
 from plumbing.packed import pack
 from plumbing.script import Help, pick_device, refuse, run_main
-from prompts import SYSTEM, Prompts, add_prompt_arguments, stated_label
+from prompts import SYSTEM, Prompts, add_prompt_arguments, check_base, stated_label
 from run import Fitted, Run
 
 INSTRUCTION = (  # what a teacher reads below a row's text; the question stands above the text
@@ -224,6 +224,7 @@ class LocalTeacher:
 
     def __init__(self, args):
         prompts = Prompts.from_arguments(args)
+        check_base(prompts, args.model)
         dtype, device = pick_device(args.dtype, None)
         llama = pack(load_llama(args.model, dtype, device))
         by_label_words = Fitted(scorer="label_token")  # it has no score head to ask

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from clsgen import CLSGen, LoRALinear
 from plumbing.adapter import HEAD, adapter_tensors
-from plumbing.checkpoint import base_fingerprint, checkpoint_files, disk_name, load_llama
+from plumbing.checkpoint import (
+    ADAPTER_CONFIG, INDEX, base_fingerprint, checkpoint_files, disk_name, find_base, load_llama)
 from plumbing.files import write_json, write_tensors
 from plumbing.script import Help, refuse, run_main
 from run import Run, load_run
@@ -23,7 +24,7 @@ from run import Run, load_run
 def main(argv=None):
     args = parse(argv)
     run = load_run(args.run, args.model, args.dtype, args.device, pack=False)
-    merge(run, Path(args.model or run.about["base"]), args.out)
+    merge(run, Path(args.model or find_base(run.about["base"])), args.out)
     print(f"merged model in {args.out}")
 
 
@@ -42,13 +43,17 @@ def merge(run, base, out):
     folder.mkdir()
 
     # the base's files, with LoRA in its weights
-    for path in checkpoint_files(base):
+    weights = checkpoint_files(base)
+    for path in weights:
         tensors = load_file(path)
         for name in tensors.keys() & adapted.keys():
             tensors[name] = merged_weight(tensors[name], adapted[name])
         write_tensors(folder / path.name, tensors)
+    left_out = [ADAPTER_CONFIG]
+    if weights[0].name == "model.safetensors":
+        left_out.append(INDEX)  # of other files
     for path in base.iterdir():  # config, tokenizer, index, chat template
-        if path.suffix in (".json", ".model", ".jinja", ".txt"):
+        if path.name not in left_out and path.suffix in (".json", ".model", ".jinja", ".txt"):
             shutil.copyfile(path, folder / path.name)
 
     # the score head, and what else a prediction needs; the golden row is that of merged weights

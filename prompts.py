@@ -18,11 +18,13 @@ A prompt that is too long loses tokens of the row's text, and nothing else.
 import json
 import math
 import re
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from plumbing.checkpoint import check_no_adapter, model_file, untrained_ids
 from plumbing.files import read_json
 
 QUESTION = "Is the answer yes for the following text?"
@@ -37,15 +39,25 @@ class Frame:
     special_tokens: tuple  # the tokenizer must have them; the last one ends an answer
     prompt: str  # with {system} for the system line, and {user} for question, blank line, text
     inst_is_text: bool = False  # [INST] is no token of its own, so a row's text could imitate it
+    byte_level: bool = False  # chosen only where the tokenizer reads bytes: nothing follows a blank
 
 
 # A new frame is one entry here. The order counts: a tokenizer gets the first frame whose tokens it
-# has. "plain" needs none, so the frames below it must be named with --format.
+# has. "plain" needs none, so the frames below it must be named with --format. A run remembers the
+# name of its frame, so a frame that is here never changes: another layout gets another name.
 #
 # The token ids equal those of the models' own chat templates for [system, user], except for
 # Llama-3.1's date header, Qwen3's empty think block, and blanks at the ends of a text, which the
 # templates of Llama strip.
+#
+# {bos} is the token that tokenizer_config.json calls bos_token, where the chat template has it.
 FRAMES = {
+    "chatml-bos": Frame(  # ChatML on a model of another family, such as Hermes on Llama-3
+        special_tokens=("{bos}", "<|im_start|>", "<|im_end|>"),
+        prompt="{bos}<|im_start|>system\n{system}<|im_end|>\n"
+               "<|im_start|>user\n{user}<|im_end|>\n"
+               "<|im_start|>assistant\n",
+    ),
     "chatml": Frame(  # SmolLM2, Qwen2.5, Qwen3
         special_tokens=("<|im_start|>", "<|im_end|>"),
         prompt="<|im_start|>system\n{system}<|im_end|>\n"
@@ -60,6 +72,20 @@ FRAMES = {
                "<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>"
                "<|start_header_id|>user<|end_header_id|>\n\n{user}<|eot_id|>"
                "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    "mistral-v7-tekken": Frame(  # Mistral-Small-24B-2501
+        special_tokens=("<s>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]", "</s>"),
+        prompt="<s>[SYSTEM_PROMPT]{system}[/SYSTEM_PROMPT][INST]{user}[/INST]",
+        byte_level=True,
+    ),
+    "mistral-v7": Frame(  # Mistral-Large-2411
+        special_tokens=("<s>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]", "</s>"),
+        prompt="<s>[SYSTEM_PROMPT] {system}[/SYSTEM_PROMPT][INST] {user}[/INST]",
+    ),
+    "mistral-tekken": Frame(  # Mistral-Nemo
+        special_tokens=("<s>", "[INST]", "[/INST]", "</s>"),
+        prompt="<s>[INST]{system}\n\n{user}[/INST]",
+        byte_level=True,
     ),
     "mistral": Frame(  # Mistral 7B v0.3
         special_tokens=("<s>", "[INST]", "[/INST]", "</s>"),
@@ -86,9 +112,9 @@ FRAMES = {
 class Prompts:
     """Rows to token ids and back, for one tokenizer, one question and one pair of label words.
 
-    A row's text never acts as markup. It is encoded by a tokenizer that knows no added tokens, so
-    "<|im_end|>" in a text is ordinary characters; and where [INST] is no token of its own, a space
-    breaks it in the text.
+    A row's text never acts as markup. It is encoded by a tokenizer that knows no added tokens but
+    ordinary words, so "<|im_end|>" in a text is ordinary characters; and where [INST] is no token
+    of its own, a space breaks it in the text.
 
     ValueError where the settings, the tokenizer or the model's config do not fit together.
     """
@@ -97,14 +123,16 @@ class Prompts:
                  max_prompt=1024, max_answer=256):
         # What can be refused is refused here
         check_settings(question, labels, format, max_prompt, max_answer)
-        folder = Path(folder)
-        config = read_json(folder / "config.json")
+        config = read_json(model_file(folder, "config.json"))
         eos_ids = read_eos_ids(folder, config)
-        tokenizers = load_tokenizers(folder / "tokenizer.json")
+        self.chat = read_chat(folder)
+        tokenizers = load_tokenizers(model_file(folder, "tokenizer.json"), self.chat.template)
         self.tokenizer, self.text_tokenizer, self.frame_tokenizer = tokenizers
         if format is None:
-            format = choose_format(self.tokenizer)
-        check_model(folder, config, eos_ids, self.tokenizer, format, max_prompt + max_answer)
+            format = choose_format(self.tokenizer, self.chat)
+        self.frame = frame_of(format, self.chat)
+        check_frame(format, self.frame, self.tokenizer)
+        check_model(folder, config, eos_ids, self.tokenizer, self.frame, max_prompt, max_answer)
 
         self.question = question
         self.labels = tuple(word.strip() for word in labels)
@@ -112,9 +140,10 @@ class Prompts:
         self.max_prompt = max_prompt  # tokens
         self.max_answer = max_answer  # tokens, the end of turn included
 
+        self.vocab_size = config.get("vocab_size", math.inf)
+
         # The frame as token ids. Without special tokens nothing stands before its text, which is
         # then encoded as any text that stands alone
-        self.frame = FRAMES[format]
         if not self.frame.special_tokens:
             self.frame_tokenizer = self.text_tokenizer
         self._lay_out_frame()
@@ -125,20 +154,26 @@ class Prompts:
             end_of_turn = self.tokenizer.token_to_id(self.frame.special_tokens[-1])
             stop_ids = [end_of_turn, *eos_ids]
         self.stop_ids = list(dict.fromkeys(stop_ids))  # each once, in this order
+        self._with_embedding(self.ids_before + self.ids_after + self.stop_ids)
 
         # "No." and "Yes.": the label-token score is the difference of their log-probabilities
         self.label_ids = []
         for label in range(len(self.labels)):
-            self.label_ids.append(encode(self.text_tokenizer, self.word(label) + ".").ids)
+            ids = encode(self.text_tokenizer, self.word(label) + ".").ids
+            self.label_ids.append(self._with_embedding(ids))
 
     @classmethod
     def from_arguments(cls, args):
         """The prompts that a script's arguments ask for.
 
-        args has `model`, the folder, and the flags of `add_prompt_arguments`.
+        args has `model`, the folder, and the flags of `add_prompt_arguments`. Warns if the frame is
+        another than the folder's chat template has.
         """
-        return cls(args.model, args.question, args.labels, args.format, args.max_prompt,
-                   args.max_answer)
+        prompts = cls(args.model, args.question, args.labels, args.format, args.max_prompt,
+                      args.max_answer)
+        if args.format != "plain":  # who asks for it knows
+            warn_of_template(prompts)
+        return prompts
 
     def settings(self):
         """What a run has to remember: Prompts(folder, **settings) builds the same prompts again."""
@@ -165,8 +200,8 @@ class Prompts:
 
         self.ids_before = self._frame_ids(pieces[:where])
         self.ids_after = self._frame_ids(pieces[where + 1 :])
-        if not self.frame.special_tokens:  # a base model: its tokenizer's start token, if any
-            self.ids_before = self.tokenizer.encode("").ids[:1] + self.ids_before
+        if not self.frame.special_tokens:
+            self.ids_before = start_ids(self.tokenizer) + self.ids_before
 
         start, self.text_after = user_piece.split("{user}")
         self.text_before = start + self.question + "\n\n"
@@ -195,7 +230,7 @@ class Prompts:
         ids = encoded.ids
         surplus = len(self.ids_before) + len(ids) + len(self.ids_after) - self.max_prompt
         if surplus <= 0:
-            return self.ids_before + ids + self.ids_after, 0
+            return self._with_embedding(self.ids_before + ids + self.ids_after), 0
 
         # Too long: the text's own tokens are those whose offsets lie within it
         start = len(self.text_before)
@@ -212,12 +247,20 @@ class Prompts:
         # ... and a gap in their middle makes it as long as it may be
         gap = own[(len(own) - surplus + 1) // 2]
         ids = ids[:gap] + ids[gap + surplus :]
-        return self.ids_before + ids + self.ids_after, surplus
+        return self._with_embedding(self.ids_before + ids + self.ids_after), surplus
 
     def answer(self, label, explanation):
         """The token ids of "Yes. Because ..." and the end of turn."""
         text = f"{self.word(label)}. {explanation.strip()}"
-        return encode(self.text_tokenizer, text).ids + self.stop_ids[:1]
+        return self._with_embedding(encode(self.text_tokenizer, text).ids + self.stop_ids[:1])
+
+    def _with_embedding(self, ids):
+        """The same token ids. ValueError if the model has no embedding for one of them."""
+        highest = max(ids)
+        if highest >= self.vocab_size:
+            raise ValueError(f"the token {self.tokenizer.id_to_token(highest)!r} has id {highest}, "
+                             f"but the model's vocab_size is {self.vocab_size}")
+        return ids
 
     def word(self, label):
         """The label's word with its first letter in upper case: 1 gives "Yes"."""
@@ -249,30 +292,69 @@ def stated_label(answer, labels):
 
 
 # --- tokenizers -----------------------------------------------------------------------------------
-def load_tokenizers(path):
+def load_tokenizers(path, template=""):
     """Three tokenizers from one tokenizer.json: (the whole one, a text's, a frame's).
 
-    The whole one knows the special tokens and decodes. The other two have no added tokens, so what
-    they encode is text and nothing else: the second a text that stands alone, the third a text that
-    follows a special token. They differ for tokenizers of the SentencePiece kind, where the scheme
-    "first" puts a blank before a text that stands alone and none after a special token.
+    The whole one knows the special tokens and decodes. The other two know no added tokens but
+    ordinary words, so what they encode is text and nothing else: the second a text that stands
+    alone, the third a text that follows a special token. They differ for tokenizers of the
+    SentencePiece kind, where the scheme "first" puts a blank before a text that stands alone and
+    none after a special token.
     """
     spec = read_json(path)
-    without_added = json.dumps({**spec, "added_tokens": []})
-    in_frame = without_added.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+    whole = make_tokenizer(path, json.dumps(spec))
 
-    tokenizers = []
-    for source in (json.dumps(spec), without_added, in_frame):
-        try:
-            tokenizer = Tokenizer.from_str(source)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # tokenizers raises nothing narrower, and panics
-            raise ValueError(f"{path}: {error}") from None
-        tokenizer.no_padding()
-        tokenizer.no_truncation()
-        tokenizers.append(tokenizer)
-    return tokenizers
+    # The ids of words have to stay, though other added tokens are gone: the vocabulary keeps them
+    words = []
+    vocabulary = spec["model"]["vocab"]
+    if isinstance(vocabulary, dict):
+        for token in spec.get("added_tokens", []):
+            if is_ordinary_word(token, template):
+                words.append(token)
+                vocabulary[token["content"]] = whole.token_to_id(token["content"])
+
+    of_text = json.dumps({**spec, "added_tokens": words})
+    in_frame = of_text.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+    return whole, make_tokenizer(path, of_text), make_tokenizer(path, in_frame)
+
+
+def make_tokenizer(path, source):
+    """A tokenizer from the text of a tokenizer.json, which the file `path` has."""
+    try:
+        tokenizer = Tokenizer.from_str(source)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # tokenizers raises nothing narrower, and panics
+        raise ValueError(f"{path}: {error}") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def is_ordinary_word(token, template):
+    """Whether an entry of tokenizer.json's added_tokens may be a token in a row's text.
+
+    Markup may not: a special token, whatever has a bracket or a bar in it, such as <think>, [INST]
+    and <|im_end|>, and what stands in the chat template.
+    """
+    content = token["content"]
+    looks_like_markup = re.search(r"[<>\[\]{}|｜]", content)
+    is_word = re.search(r"\w", content)
+    return is_word and not token["special"] and not looks_like_markup and content not in template
+
+
+def start_ids(tokenizer):
+    """What the tokenizer itself puts before a text: a start token, for most base models none.
+
+    As in transformers, tokenizer.json's post_processor decides, not tokenizer_config.json.
+    """
+    encoded = tokenizer.encode("a")
+    ids = []
+    for token_id, is_added in zip(encoded.ids, encoded.special_tokens_mask, strict=True):
+        if not is_added:
+            break
+        ids.append(token_id)
+    return ids
 
 
 def encode(tokenizer, text):
@@ -292,11 +374,77 @@ def split_at(special_tokens, text):
     return [piece for piece in re.split(f"({pattern})", text) if piece]
 
 
-def choose_format(tokenizer):
+# --- which frame ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Chat:
+    """What a folder says about its chat. The template is text to look for words in, never run."""
+
+    template: str  # empty where there is none
+    bos: str | None  # what {{ bos_token }} stands for in a template
+    eos: str | None
+
+    def has(self, mark):
+        """Whether the template has a token or other mark, by its name or as it is."""
+        by_name = (mark == self.bos and "bos_token" in self.template) or (
+            mark == self.eos and "eos_token" in self.template)
+        return by_name or mark in self.template
+
+
+def read_chat(folder):
+    """The Chat of a folder: tokenizer_config.json, and a template in a file of its own."""
+    folder = Path(folder)
+    config = {}
+    if (folder / "tokenizer_config.json").exists():
+        config = read_json(folder / "tokenizer_config.json")
+
+    # transformers prefers the file of its own, and of several templates the one named default
+    template = config.get("chat_template")
+    if (folder / "chat_template.jinja").exists():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
+    elif (folder / "chat_template.json").exists():
+        template = read_json(folder / "chat_template.json").get("chat_template")
+    if isinstance(template, list):
+        template = "".join(str(entry.get("template")) for entry in template
+                           if isinstance(entry, dict) and entry.get("name") == "default")
+
+    tokens = []
+    for name in ("bos_token", "eos_token"):
+        token = config.get(name)
+        if isinstance(token, dict):
+            token = token.get("content")
+        tokens.append(token if isinstance(token, str) else None)
+    return Chat(template if isinstance(template, str) else "", *tokens)
+
+
+def choose_format(tokenizer, chat):
     """The name of the first frame whose special tokens the tokenizer has."""
-    for name, frame in FRAMES.items():
+    is_byte_level = "Ġ" in "".join(tokenizer.encode("a a", add_special_tokens=False).tokens)
+    for name in FRAMES:
+        frame = frame_of(name, chat)
+        if name == "chatml-bos" and not begins_with_bos(chat, FRAMES["chatml"]):
+            continue
+        if frame.byte_level and not is_byte_level:
+            continue
         if not missing_tokens(frame, tokenizer):
             return name
+
+
+def begins_with_bos(chat, frame):
+    """Whether the chat template has a start token that the frame lacks.
+
+    SmolLM2's is <|im_start|>, which ChatML has anyway.
+    """
+    return chat.bos is not None and chat.bos not in frame.prompt and chat.has(chat.bos)
+
+
+def frame_of(format, chat):
+    """The frame of this name, with the model's bos_token where it has {bos}."""
+    frame = FRAMES[format]
+    if not chat.bos:
+        return frame
+    special_tokens = tuple(token.replace("{bos}", chat.bos) for token in frame.special_tokens)
+    return replace(frame, special_tokens=special_tokens,
+                   prompt=frame.prompt.replace("{bos}", chat.bos))
 
 
 def missing_tokens(frame, tokenizer):
@@ -304,12 +452,42 @@ def missing_tokens(frame, tokenizer):
     return [token for token in frame.special_tokens if tokenizer.token_to_id(token) is None]
 
 
+def warn_of_template(prompts):
+    """Prints one line if the folder's chat template has other marks than the frame, or none has."""
+    chat = prompts.chat
+    problem = None
+    if chat.template and not prompts.frame.special_tokens:
+        problem = "the model has a chat template, which format plain does not follow"
+    elif chat.template:
+        absent = [mark for mark in marks(prompts.frame) if not chat.has(mark)]
+        if absent:
+            problem = f"format {prompts.format}: the model's chat template has no {absent[0]}"
+        elif begins_with_bos(chat, prompts.frame):
+            problem = f"format {prompts.format}: the model's chat template begins with {chat.bos}"
+    if problem is None:
+        return
+
+    advice = "--format names another"
+    for name in FRAMES:
+        frame = frame_of(name, chat)
+        follows = marks(frame) and all(map(chat.has, marks(frame)))
+        if follows and name != prompts.format and not missing_tokens(frame, prompts.tokenizer):
+            advice = f"--format {name} does"
+            break
+    print(f"warning: {problem}; {advice}", file=sys.stderr)
+
+
+def marks(frame):
+    """The marks in a frame's prompt: special tokens, and those that are plain text."""
+    return re.findall(r"<</?SYS>>|\[/?[A-Z_]+\]|<[^<>\s]+>", frame.prompt)
+
+
 def read_eos_ids(folder, config):
     """What generation_config.json and config.json name as the end of a text: none, one or several.
 
     `check_model` checks them.
     """
-    generation = folder / "generation_config.json"
+    generation = Path(folder) / "generation_config.json"
     sources = [read_json(generation), config] if generation.exists() else [config]
 
     eos_ids = []
@@ -345,34 +523,69 @@ def check_settings(question, labels, format, max_prompt, max_answer):
             raise ValueError(f"{name} is {bound!r}, expected a whole number of at least 1")
 
 
-def check_model(folder, config, eos_ids, tokenizer, format, longest):
-    """ValueError if the tokenizer, the model's config and the frame do not fit together.
-
-    longest: how many tokens a row may have, prompt and answer together.
-    """
-    frame = FRAMES[format]
+def check_frame(format, frame, tokenizer):
+    """ValueError if the tokenizer lacks a special token of the frame."""
     missing = missing_tokens(frame, tokenizer)
+    if missing == ["{bos}"]:
+        raise ValueError(f"format {format}: tokenizer_config.json names no bos_token")
     if missing:
         raise ValueError(f"format {format}: the tokenizer has no token {missing[0]}")
 
-    # Each token id needs an embedding, and each position must be one that the model knows
-    highest_id = max(tokenizer.get_vocab().values(), default=-1)
-    needs = {
-        "vocab_size": (highest_id + 1, "the tokenizer needs"),
-        "max_position_embeddings": (longest, "max-prompt and max-answer together need"),
-    }
-    for key, (least, reason) in needs.items():
-        value = config.get(key, math.inf)
-        if type(value) not in (int, float) or not value >= least:  # NaN neither
-            raise ValueError(f"{folder}: {key} is {value!r}, but {reason} {least}")
+
+def check_model(folder, config, eos_ids, tokenizer, frame, max_prompt, max_answer):
+    """ValueError if the tokenizer, the model's config and the frame do not fit together."""
+    if "text_config" in config:  # its sizes and end tokens are elsewhere, and so are its weights
+        raise ValueError(f"{folder}: model_type is {config.get('model_type')!r}, a model of images "
+                         "and text; expected one of text alone")
+
+    # Each token that a text can become needs an embedding. An added token may lack one, as in
+    # transformers, as long as nothing needs it: `Prompts._with_embedding`
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+    least = 1 + max((vocabulary[token] for token in vocabulary.keys() - added), default=-1)
+    vocab_size = config.get("vocab_size", math.inf)
+    if type(vocab_size) not in (int, float) or not vocab_size >= least:  # NaN neither
+        raise ValueError(f"{folder}: vocab_size is {vocab_size!r}, but the tokenizer needs {least}")
+
+    # ... and each position must be one that the model knows
+    positions = config.get("max_position_embeddings", math.inf)
+    if type(positions) not in (int, float) or not positions >= max_prompt + max_answer:
+        advice = "lower both"
+        if type(positions) is int and positions > max_answer:
+            advice = f"--max-prompt {positions - max_answer} would fit"
+        raise ValueError(f"{folder}: max_position_embeddings is {positions!r}, but --max-prompt "
+                         f"{max_prompt} and --max-answer {max_answer} need "
+                         f"{max_prompt + max_answer}; {advice}")
 
     # An answer must be able to end
-    vocab_size = config.get("vocab_size", math.inf)
     for eos_id in eos_ids:
         if type(eos_id) is not int or not 0 <= eos_id < vocab_size:
             raise ValueError(f"{folder}: eos_token_id is {eos_id!r}, expected a token id")
     if not eos_ids and not frame.special_tokens:
         raise ValueError(f"{folder}: eos_token_id is missing, and nothing else ends an answer")
+
+
+def check_base(prompts, folder):
+    """ValueError if nothing should be built on this model with these prompts.
+
+    It holds an adapter that would be ignored; or it was never trained on a special token of the
+    frame, as base models were not on those of a chat (`untrained_ids` has the rule).
+    """
+    check_no_adapter(folder)
+    if not prompts.frame.special_tokens:
+        return
+
+    ids = [prompts.tokenizer.token_to_id(token) for token in prompts.frame.special_tokens]
+    special = set()
+    for token_id, token in prompts.tokenizer.get_added_tokens_decoder().items():
+        if token.special:
+            special.add(token_id)
+    reserved = special - set(prompts.stop_ids)
+    untrained = untrained_ids(folder, ids, ids[-1], reserved)
+    if untrained:
+        token = prompts.tokenizer.id_to_token(untrained[0])
+        raise ValueError(f"{folder}: the model was never trained on {token}, which format "
+                         f"{prompts.format} needs: take the -Instruct model, or --format plain")
 
 
 # --- flags ----------------------------------------------------------------------------------------

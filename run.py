@@ -22,7 +22,7 @@ from clsgen import CLSGen, Reading, add_lora, base_model, choose_token
 from data import collate, encode_rows
 from metrics import FEWEST_ROWS, best_f1_threshold, calibrate, calibrated, rarer_class
 from plumbing.adapter import adapter_config, adapter_tensors, check_lora, load_adapter
-from plumbing.checkpoint import base_fingerprint, load_llama
+from plumbing.checkpoint import base_fingerprint, find_base, load_llama
 from plumbing.files import read_json, sha256_of, write_json, write_tensors
 from plumbing.packed import pack as pack_weights
 from plumbing.resume import STATE
@@ -373,8 +373,8 @@ def _load_run(folder, about, model, dtype, device, pack):
     # the base model that the run was trained on: the run's own folder, if it is merged
     score_file = folder / "score.safetensors"
     is_merged = score_file.exists()
-    base = folder if is_merged else Path(model or about["base"])
-    if not os.path.isdir(base):
+    base = folder if is_merged else Path(model or find_base(about["base"]))
+    if model is None and not os.path.isdir(base):
         raise ValueError(f"the base model {base} is not there; --model can name it")
     if base_fingerprint(base) != about["base_fingerprint"]:
         raise ValueError(f"{base}: not the base of this run: other config, tokenizer or tensors")

@@ -30,7 +30,7 @@ from data import (
     warn_of_default_question)
 from metrics import auroc, calibrated, collapse, interval_warnings, score_metrics, sigmoid
 from plumbing.adapter import load_adapter
-from plumbing.checkpoint import base_fingerprint, load_llama
+from plumbing.checkpoint import base_fingerprint, base_name, load_llama
 from plumbing.former_split import split_valid_formerly
 from plumbing.ranks import Ranks
 from plumbing.resume import restore, save_state
@@ -39,7 +39,7 @@ from plumbing.tables import table
 from plumbing.train_arguments import (
     check_arguments, configuration, loss_weights, parse, trains_head)
 from plumbing.training_log import TrainingLog, begin_run_folder, introduce
-from prompts import Prompts
+from prompts import Prompts, check_base
 from run import Fitted, Run, check_read_out, fit, read_out_mark, save_run
 
 
@@ -56,6 +56,8 @@ def main(argv=None):
 
     # rows as tokens; with --lm-weight 0 training skips the answers, but validation measures them
     prompts = Prompts.from_arguments(args)
+    if not args.resume:
+        check_base(prompts, args.model)
     train_rows, valid_rows = load_rows(args, prompts)
     train = encode_rows(train_rows, prompts, answers=args.lm_weight > 0)
     valid = encode_rows(valid_rows, prompts)
@@ -350,7 +352,7 @@ def finish(args, model, prompts, rows, z, base_rate, step):
 
     run = Run(model, prompts, fitted, str(args.out))
     save_run(run, args.out, {
-        "base": str(args.model),
+        "base": base_name(args.model),
         "base_fingerprint": base_fingerprint(args.model),
         "lora": {"rank": args.rank, "alpha": args.alpha, "targets": list(args.targets)},
         "step": step,

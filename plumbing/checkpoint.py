@@ -9,6 +9,7 @@ Nothing on this path can run code: the files are JSON and safetensors.
 import hashlib
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from safetensors import SafetensorError, safe_open
 from model import FAMILIES, Llama, LlamaConfig
 from plumbing.files import read_json
 
+ROOT = Path(__file__).resolve().parents[1]  # where the scripts are
+DEFAULT_MODEL = str(ROOT / "models" / "smollm2-135m")  # of every script, called from anywhere
+
 # --- config.json ----------------------------------------------------------------------------------
 # Keys that would change the computation, with the one value of each that is computed here
 FIXED = {
@@ -26,6 +30,7 @@ FIXED = {
     "rope_interleaved": False,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
+    "transformers_weights": None,  # would name another file of weights
 }
 # Keys that are read below, and keys that change nothing here
 USED = set(
@@ -44,6 +49,8 @@ ROPE_NUMBERS = {
     "default": (),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
 TOO_LARGE = 2**24  # for a size: below it, no product of two sizes overflows
 
 
@@ -153,25 +160,108 @@ def read_config(raw, name="config.json"):
     )
 
 
-# --- files and names ------------------------------------------------------------------------------
-def checkpoint_files(folder):
-    """The safetensors files of a folder: those of its index if it has one, else the single file."""
-    folder = Path(folder)
-    names = ["model.safetensors"]
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        names = []
-        if isinstance(weight_map, dict):
-            names = sorted({str(name) for name in weight_map.values()})
-        elsewhere = [name for name in names if Path(name).name != name]
-        if not names or elsewhere:
-            raise ValueError(f"{index}: expected weight_map to name files in this folder")
+# --- a folder and its files -----------------------------------------------------------------------
+def model_file(folder, *names):
+    """The path of the first of these files that a model's folder has.
 
+    ValueError if it has none of them: one sentence that says how to get or to convert a model.
+    """
     for name in names:
-        if not os.path.isfile(folder / name):
-            raise ValueError(f"{folder}: {name} is missing")
-    return [folder / name for name in names]
+        path = Path(folder) / name
+        if os.path.isfile(path):
+            return path
+    raise ValueError(f"{folder}: {missing_because(str(folder), names[0])}")
+
+
+def missing_because(folder, name):
+    """What is wrong with a model's folder that lacks the file `name`, and what to do about it."""
+    # no folder
+    if os.path.isfile(folder):
+        if folder.endswith(".gguf"):
+            parent, file = os.path.split(folder)
+            return "a GGUF file, expected a folder; " + conversion(parent or ".", file)
+        return "a file, expected the folder of a model"
+    if not os.path.isdir(folder):
+        if os.path.abspath(folder) == DEFAULT_MODEL:
+            return ("no such folder; `python examples/smollm2.py` makes it, "
+                    "or --model names the folder of another model")
+        if re.fullmatch(r"(?!models/|runs/)\w[\w.-]*/[\w.-]+", folder):
+            target = f"models/{Path(folder).name}"
+            return ("no such folder; if it is a model on the Hugging Face hub, "
+                    f"`hf download {folder} --local-dir {target}` gets it for --model {target}")
+        return "no such folder"
+
+    # another kind of folder
+    files = sorted(os.listdir(folder))
+    if "config.json" not in files and ADAPTER_CONFIG in files:
+        base = read_json(Path(folder) / ADAPTER_CONFIG).get("base_model_name_or_path")
+        return f"a run or a LoRA adapter, expected a model; its base is {base!r}"
+    if "config.json" not in files:
+        for file in files:
+            if file.endswith(".gguf"):
+                return f"{name} is missing; " + conversion(folder, file)
+
+    # a model in other formats
+    if name == "tokenizer.json" and {"tokenizer.model", "vocab.json", "tekken.json"} & set(files):
+        return f"{name} is missing; " + conversion(folder)
+    if name == "model.safetensors" and any(re.match("pytorch_model.*bin", file) for file in files):
+        return f"{name} is missing; " + conversion(folder)
+    return f"{name} is missing"
+
+
+def conversion(folder, gguf=None):
+    """The command that converts a folder, or a GGUF file in it, to the files that are read here."""
+    source = repr(folder)
+    if gguf:
+        source += f", gguf_file={gguf!r}"
+    target = repr(os.path.join(folder, "converted"))
+    return (f"where transformers is installed, this makes {target}: "
+            'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+            f'[C.from_pretrained({source}).save_pretrained({target}) for C in (M, T)]"')
+
+
+def checkpoint_files(folder):
+    """The safetensors files of a folder, found as transformers finds them.
+
+    model.safetensors if it is there, whatever an index says; else the files that the index names.
+    """
+    path = model_file(folder, "model.safetensors", INDEX)
+    if path.name != INDEX:
+        return [path]
+
+    weight_map = read_json(path).get("weight_map")
+    names = []
+    if isinstance(weight_map, dict):
+        names = sorted({str(name) for name in weight_map.values()})
+    elsewhere = [name for name in names if Path(name).name != name]
+    if not names or elsewhere:
+        raise ValueError(f"{path}: expected weight_map to name files in this folder")
+    return [model_file(folder, name) for name in names]
+
+
+def check_no_adapter(folder):
+    """ValueError if a model's folder holds an adapter too, which transformers would load on top."""
+    if os.path.isfile(Path(folder) / ADAPTER_CONFIG):
+        raise ValueError(f"{folder}: it holds a LoRA adapter next to the model; to train without "
+                         f"it, move {ADAPTER_CONFIG} away, else merge the two first")
+
+
+def base_name(folder):
+    """How a run remembers its base: relative to the scripts where it lies among them, else whole.
+
+    `find_base` finds it from any working directory.
+    """
+    path = Path(os.path.abspath(folder))
+    if path.is_relative_to(ROOT):
+        return str(path.relative_to(ROOT))
+    return str(path)
+
+
+def find_base(name):
+    """The folder of what `base_name` wrote, or of what earlier versions did: as it was given."""
+    if not os.path.isdir(name) and os.path.isdir(ROOT / name):
+        return ROOT / name
+    return Path(name)
 
 
 def base_fingerprint(folder):
@@ -179,10 +269,9 @@ def base_fingerprint(folder):
 
     Not of the weights, which would take minutes: the golden row of a run tells those apart.
     """
-    folder = Path(folder)
     digest = hashlib.sha256()
-    digest.update((folder / "config.json").read_bytes())
-    digest.update((folder / "tokenizer.json").read_bytes())
+    for name in ("config.json", "tokenizer.json"):
+        digest.update(model_file(folder, name).read_bytes())
     for path in checkpoint_files(folder):
         with open(path, "rb") as file:
             header_size = int.from_bytes(file.read(8), "little")
@@ -216,9 +305,9 @@ def compare_tensors(expected, found, where):
 # --- loading --------------------------------------------------------------------------------------
 def load_llama(folder, dtype=torch.bfloat16, device="cpu"):
     """A Hugging Face folder as a Llama in eval mode. ValueError says what is wrong with it."""
-    files = checkpoint_files(folder)
-    config_path = Path(folder) / "config.json"
+    config_path = model_file(folder, "config.json")
     config = read_config(read_json(config_path), config_path)
+    files = checkpoint_files(folder)
 
     # Tied checkpoints may repeat the embedding as lm_head; old ones store the rotary table
     unused = ["rotary_emb.inv_freq"]
@@ -264,3 +353,48 @@ def tensors_in(files, unused):
         except SafetensorError as error:
             raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
     return shapes, file_of
+
+
+# --- tokens without training ----------------------------------------------------------------------
+def untrained_ids(folder, ids, end_id, reserved):
+    """Which of a frame's token ids the model has never been trained on.
+
+    The rule: a token's row of the embedding is zero (below 1e-6, which is nothing next to a norm's
+    eps), or it equals, bit for bit, another row of `ids` or `reserved`: special tokens that no
+    prompt here has, and rows that fill the matrix up. A base model has such rows for the tokens of
+    a chat that it has never seen; rows that were trained are different from each other. For end_id,
+    the end of turn, the rule holds for the row of a separate lm_head too: otherwise no text ends.
+
+    Only these few rows are read. A folder without weights has nothing to complain about.
+    """
+    try:
+        files = checkpoint_files(folder)
+    except ValueError:
+        return []
+    shapes, file_of = tensors_in(files, ())
+
+    untrained = set()
+    for name, asked in (("model.embed_tokens.weight", ids), ("lm_head.weight", [end_id])):
+        if len(shapes.get(name, ())) != 2:  # a tied head, or a folder that load_llama refuses
+            continue
+        size = shapes[name][0]
+        rows = {}
+        with safe_open(file_of[name], "pt") as file:
+            matrix = file.get_slice(name)
+            for token_id in {*ids, *reserved, size - 1}:
+                if 0 <= token_id < size:
+                    rows[token_id] = matrix[token_id]
+        for token_id in asked:
+            if is_untrained(token_id, rows):
+                untrained.add(token_id)
+    return sorted(untrained)
+
+
+def is_untrained(token_id, rows):
+    """The rule of `untrained_ids` for one token; rows {token id: (D,)}."""
+    row = rows.get(token_id)
+    if row is None:
+        return False
+    if row.abs().max() < 1e-6:
+        return True
+    return any(other != token_id and row.equal(rows[other]) for other in rows)

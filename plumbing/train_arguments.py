@@ -8,7 +8,7 @@ import torch
 
 from clsgen import TARGETS
 from plumbing.adapter import read_adapter_config
-from plumbing.checkpoint import base_fingerprint
+from plumbing.checkpoint import DEFAULT_MODEL, base_fingerprint
 from plumbing.files import sha256_of
 from plumbing.resume import PLACES, STATE, how_to_train_further, read_state
 from plumbing.script import Help, dtype_name, refuse, versions

@@ -1,6 +1,9 @@
 """A Hugging Face folder to a Llama: dtypes, shards, memory, and what is refused by name."""
 
 import json
+import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -8,12 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIG, ROOT, shard, write_model
+from conftest import (
+    CONFIG, ROOT, assert_refused, run_script, shard, write_model, write_tokenizer)
 from safetensors.torch import load_file, save_file
 from test_model import LLAMA3_ROPE
 
-from plumbing.checkpoint import load_llama, read_config
+from plumbing.checkpoint import (
+    DEFAULT_MODEL, base_fingerprint, base_name, find_base, load_llama, read_config)
+from plumbing.train_arguments import parse
+from prompts import Prompts
+from run import load_run
 
+sys.path.insert(0, str(ROOT / "examples"))
+import smollm2  # noqa: E402
 
 
 WATCH_LOADING = """
@@ -93,6 +103,7 @@ def break_checkpoint(folder, how):
         where, other = shard(folder), folder.parent / "other.safetensors"
         where["model.norm.weight"] = str(other) if how != "path" else "../other.safetensors"
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+        path.unlink()
     else:
         if how == "integers":
             tensors["model.norm.weight"] = tensors["model.norm.weight"].int()
@@ -158,15 +169,128 @@ def test_new_spelling_of_rope(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("stale", [True, False])
+def test_one_whole_file_comes_before_an_index(tmp_path, stale):
+    """Fails if other weights are loaded than transformers loads where a folder has both: the shards
+    that an index names are poisoned, or gone. A run's fingerprint is that of the whole file too."""
+    from transformers import AutoModelForCausalLM
+
+    write_model(tmp_path)
+    ids = torch.arange(3, 20)[None]
+    whole = load_llama(tmp_path, torch.float32)
+    due, fingerprint = whole.logits(whole(ids)), fingerprint_of(tmp_path)
+    for name in set(shard(tmp_path).values()):
+        if stale:
+            (tmp_path / name).unlink()
+        else:
+            tensors = load_file(tmp_path / name)
+            save_file({key: tensor * 2 for key, tensor in tensors.items()}, tmp_path / name)
+    llama = load_llama(tmp_path, torch.float32)
+    assert torch.equal(llama.logits(llama(ids)), due)
+    assert fingerprint_of(tmp_path) == fingerprint
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    torch.testing.assert_close(theirs(ids).logits, due, atol=1e-4, rtol=1e-4)
+
+
+def fingerprint_of(folder):
+    (folder / "tokenizer.json").touch()
+    return base_fingerprint(folder)
+
+
+@torch.no_grad()
 def test_shards_of_the_index_and_nothing_else(tmp_path):
-    """Fails if files are found by a glob: the single file left beside the shards is poisoned."""
+    """Fails if files are found by a glob: the file left beside the shards is poisoned."""
     write_model(tmp_path)
     whole = load_llama(tmp_path, torch.float32)
     shard(tmp_path)
     path = tmp_path / "model.safetensors"
-    save_file({name: t * float("nan") for name, t in load_file(path).items()}, path)
+    other = tmp_path / "model-00009-of-00009.safetensors"
+    save_file({name: t * float("nan") for name, t in load_file(path).items()}, other)
+    path.unlink()
     ids = torch.arange(3, 20)[None]
     assert torch.equal(load_llama(tmp_path, torch.float32)(ids), whole(ids))
+
+
+# --- no model, or none yet ------------------------------------------------------------------------
+def test_where_there_is_no_model_a_sentence_says_how_to_get_one(tmp_path, monkeypatch):
+    """Fails if the default folder, a hub id, a GGUF file or a run ends in "No such file"."""
+    def refused(folder, *words):
+        for load in (load_llama, base_fingerprint, Prompts):
+            with pytest.raises(ValueError) as error:
+                load(folder)
+            message = str(error.value)
+            assert message.startswith(f"{folder}: ") and "\n" not in message
+            assert all(word in message for word in words), message
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("plumbing.checkpoint.DEFAULT_MODEL", str(tmp_path / "models" / "small"))
+    refused("models/small", "python examples/smollm2.py")
+    refused(tmp_path / "models" / "small", "python examples/smollm2.py")
+    refused("HuggingFaceTB/SmolLM2-135M-Instruct",
+            "hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir models/SmolLM2-135M-I")
+    refused("models/other", "no such folder")
+    Path("some.gguf").touch()
+    refused("some.gguf", "a GGUF file", "from_pretrained('.', gguf_file='some.gguf')")
+    Path("ggufs").mkdir()
+    Path("ggufs", "x.gguf").touch()
+    refused("ggufs", "from_pretrained('ggufs', gguf_file='x.gguf')")
+    Path("run").mkdir()
+    Path("run", "adapter_config.json").write_text('{"base_model_name_or_path": "models/its"}')
+    refused("run", "a run or a LoRA adapter", "its base is 'models/its'")
+
+
+@pytest.mark.parametrize("script", [
+    "data.py ROWS", "train.py --data ROWS", "eval.py --run RUN --data ROWS",
+    "explain.py --data ROWS --out OUT"])
+def test_every_script_says_the_same_of_a_missing_model(script, run, rows_file, tmp_path):
+    """Fails if one of them names a file that is not there, but not what to do about it."""
+    names = {"ROWS": rows_file, "OUT": tmp_path / "out", "RUN": tmp_path / "run"}
+    arguments = [names.get(word, word) for word in script.split()]
+    done = run_script(*arguments, "--model", "Some/Model")
+    assert_refused(done, "hf download Some/Model --local-dir models/Model")
+
+
+def test_the_command_that_converts_a_folder_does(tmp_path):
+    """Fails if a folder of PyTorch's own files gets no command, or one that does not work."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "m"
+    write_model(folder)
+    write_tokenizer(folder)
+    due = load_llama(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError) as error:
+        load_llama(folder)
+    command = re.search("python -c (\".*\")", str(error.value))[1]
+    subprocess.run([sys.executable, "-c", *shlex.split(command)], check=True, capture_output=True)
+    assert torch.equal(load_llama(folder / "converted").norm.weight, due.norm.weight)
+    assert Prompts(folder / "converted").format == "chatml"
+
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    with pytest.raises(ValueError, match="tokenizer.json is missing; .* python -c"):
+        Prompts(folder)
+
+
+def test_a_base_is_found_from_any_directory(run, tiny, tmp_path, monkeypatch):
+    """Fails if the default model is looked for in the working directory, or a run's base is."""
+    assert Path(DEFAULT_MODEL) == smollm2.OUT == ROOT / "models" / "smollm2-135m"
+    assert parse(["--data", "x"]).model == DEFAULT_MODEL
+    assert base_name(DEFAULT_MODEL) == "models/smollm2-135m"
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find_base("base") == Path("base")  # as earlier versions stored it
+    assert find_base(base_name("base")) == tmp_path / "base"
+    monkeypatch.chdir("base")
+    assert find_base(base_name("../base")) == tmp_path / "base"
+    assert base_name(ROOT / "docs") == "docs" and find_base("docs") == ROOT / "docs"
+    assert find_base("nowhere") == Path("nowhere")
+
+    about = tmp_path / "run" / "clsgen.json"
+    stored = run.about | {"base": os.path.relpath(tiny, ROOT)}
+    about.write_text(json.dumps(stored))
+    load_run(tmp_path / "run")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -1,5 +1,6 @@
 """What leaves the project: a merged folder."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,22 @@ def test_a_merged_folder_is_the_same_model(rows, run, tmp_path):
     ids = torch.arange(3, 30)[None]
     logits = again.llama.logits(again.llama(ids))
     torch.testing.assert_close(theirs(ids).logits, logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_merged_folder_has_no_adapter_and_no_stale_index(run, tiny, tmp_path):
+    """Fails if peft's file, or an index of other files, comes along from the base: transformers
+    would look for an adapter to load on top, and others for the files."""
+    base = shutil.copytree(tiny, tmp_path / "base")
+    (base / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    merge(run, base, tmp_path / "shards")
+    assert (tmp_path / "shards" / "model.safetensors.index.json").exists()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "shards").save_pretrained(base)
+    merge(run, base, tmp_path / "merged")
+    names = {path.name for path in (tmp_path / "merged").iterdir()}
+    assert {"model.safetensors", "score.safetensors", "config.json", "tokenizer.json"} <= names
+    assert not {"adapter_config.json", "model.safetensors.index.json"} & names
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    load_run(tmp_path / "merged")
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -1,5 +1,6 @@
 """Published checkpoints in, Hugging Face's tools out: configs, chat templates, peft, merging."""
 
+import argparse
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from clsgen import TARGETS
 from plumbing.adapter import read_adapter_config
 from plumbing.checkpoint import read_config
 from plumbing.train_arguments import parse
-from prompts import SYSTEM, Prompts
+from prompts import SYSTEM, Prompts, encode, warn_of_template
 from run import load_run
 from train import main as train
 
@@ -91,7 +92,8 @@ def test_other_architectures_are_refused_in_a_sentence_that_says_what_is_support
 
 # --- chat templates -------------------------------------------------------------------------------
 # The templates of the published tokenizer files for one system and one user message, and tokenizers
-# built as theirs are: Llama-2 prepends a blank to each piece, Mistral v0.3 to a whole input only.
+# built as theirs are: Llama-2 prepends a blank to each piece, Mistral v0.3 to a whole input only,
+# and Tekken, of Mistral-Nemo and later, to none.
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{{ '<|im_start|>assistant\n' }}")
 LLAMA3 = ("<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
@@ -101,7 +103,14 @@ LLAMA2 = ("<s>[INST] <<SYS>>\n{{ messages[0].content }}\n<</SYS>>\n\n"
           "{{ messages[1].content | trim }} [/INST]")
 MISTRAL_V1 = "<s> [INST] {{ messages[0].content }}\n\n{{ messages[1].content }} [/INST]"
 MISTRAL_V3 = "<s>[INST] {{ messages[0].content }}\n\n{{ messages[1].content }}[/INST]"
+MISTRAL_NEMO = ("{{ bos_token }}[INST]{{ messages[0].content }}\n\n{{ messages[1].content }}"
+                "[/INST]")
+MISTRAL_V7 = ("{{ bos_token }}[SYSTEM_PROMPT] {{ messages[0].content }}[/SYSTEM_PROMPT]"
+              "[INST] {{ messages[1].content }}[/INST]")
+MISTRAL_SMALL = MISTRAL_V7.replace("] ", "]")
 SENTENCE_PIECE = ("<unk>", "<s>", "</s>")
+V3_TOKENS = (*SENTENCE_PIECE, "[INST]", "[/INST]")
+V7_TOKENS = (*V3_TOKENS, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
 TEMPLATES = {  # name: (template, format flag, shape of the tokenizer, added tokens)
     "SmolLM2, Qwen2.5": (CHATML, None, "bytes", ("<|endoftext|>", "<|im_start|>", "<|im_end|>")),
     "Qwen3": (CHATML, None, "bytes", ("<|im_start|>", "<|im_end|>", "<think>", "</think>")),
@@ -110,7 +119,14 @@ TEMPLATES = {  # name: (template, format flag, shape of the tokenizer, added tok
     "Llama-2": (LLAMA2, "llama2", "prepend", SENTENCE_PIECE),
     "Llama-2, converted again": (LLAMA2, "llama2", "metaspace", SENTENCE_PIECE),
     "Mistral-v0.1": (MISTRAL_V1, "mistral-v1", "prepend", SENTENCE_PIECE),
-    "Mistral-v0.3": (MISTRAL_V3, None, "metaspace", (*SENTENCE_PIECE, "[INST]", "[/INST]")),
+    "Mistral-v0.3": (MISTRAL_V3, None, "metaspace", V3_TOKENS),
+    "Mistral-Nemo": (MISTRAL_NEMO, None, "bytes", V3_TOKENS),
+    "Mistral-Large-2411": (MISTRAL_V7, None, "metaspace", V7_TOKENS),
+    "Mistral-Small-2501": (MISTRAL_SMALL, None, "bytes", V7_TOKENS),
+    "Hermes on Llama-3": ("{{ bos_token }}" + CHATML, None, "bytes",
+                          ("<|begin_of_text|>", "<|im_start|>", "<|im_end|>")),
+    "SmolLM2, its bos_token": ("{# bos_token #}" + CHATML, None, "bytes",
+                               ("<|im_start|>", "<|im_end|>", "<|begin_of_text|>")),
 }
 
 
@@ -133,21 +149,129 @@ def build_tokenizer(folder, shape, added):
     (folder / "config.json").write_text(json.dumps({"eos_token_id": 2}))
 
 
+def write_template(folder, template, bos):
+    config = {"chat_template": template, "bos_token": bos, "eos_token": {"content": "</s>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_frame_is_the_models_own_chat_template(name, tmp_path):
-    """Fails if a blank, a newline, a special token or a piece boundary differs from theirs."""
+def test_the_frame_is_the_models_own_chat_template(name, tmp_path, capsys):
+    """Fails if a blank, a newline, a special token or a piece boundary differs from theirs, if a
+    start token is left out or doubled, or if there is a warning although nothing differs."""
     from transformers import PreTrainedTokenizerFast
 
     template, flag, shape, added = TEMPLATES[name]
     build_tokenizer(tmp_path, shape, added)
+    bos = next((token for token in added if token in ("<s>", "<|begin_of_text|>")), None)
+    if name.startswith("SmolLM2"):
+        bos = "<|im_start|>"
+    write_template(tmp_path, template, bos)
     file = str(tmp_path / "tokenizer.json")
-    theirs = PreTrainedTokenizerFast(tokenizer_file=file, chat_template=template)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=file, chat_template=template, bos_token=bos)
     prompts = Prompts(tmp_path, question="Will it rain?", format=flag)
+    warn_of_template(prompts)
+    assert capsys.readouterr().err == ""
     for text in ("the day was long", "two\n lines\n\n  and 12 blanks", "(é 中", "▁ is no blank"):
         messages = [{"role": "system", "content": SYSTEM},
                     {"role": "user", "content": f"Will it rain?\n\n{text}"}]
         due = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert prompts.prompt(text) == (due, 0), text
+
+
+@pytest.mark.parametrize("shape, added, template, format, words", [
+    ("prepend", SENTENCE_PIECE, LLAMA2, None, "plain does not follow; --format llama2 does"),
+    ("prepend", SENTENCE_PIECE, MISTRAL_V1, None, "--format mistral-v1 does"),
+    ("prepend", SENTENCE_PIECE, "<|user|>\n{{ messages }}", None, "--format names another"),
+    ("prepend", SENTENCE_PIECE, MISTRAL_V1, "llama2", "no <<SYS>>; --format mistral-v1 does"),
+    ("bytes", ("<s>", "<|im_start|>", "<|im_end|>"), "{{ bos_token }}" + CHATML, "chatml",
+     "begins with <s>; --format chatml-bos does"),
+    ("bytes", ("<s>", "<|im_start|>", "<|im_end|>"), "<|User|>{{ x }}", None, "no <|im_start|>"),
+    ("prepend", SENTENCE_PIECE, LLAMA2, "plain", None), ("prepend", SENTENCE_PIECE, "", None, None),
+])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.jinja", "list"])
+def test_another_chat_template_gives_one_line(shape, added, template, format, words, file, tmp_path,
+                                              capsys):
+    """Fails if a model with a chat template becomes `plain` in silence, if a frame that its
+    template does not have passes, wherever the template stands, or if a wish is complained of."""
+    build_tokenizer(tmp_path, shape, added)
+    write_template(tmp_path, template, "<s>")
+    if file == "list":
+        write_template(tmp_path, [{"name": "default", "template": template}], "<s>")
+    if file == "chat_template.jinja":
+        write_template(tmp_path, CHATML + LLAMA2, "<s>")
+        (tmp_path / file).write_text(template)
+    flags = argparse.Namespace(model=tmp_path, question="Q?", labels=("no", "yes"), format=format,
+                               max_prompt=99, max_answer=9)
+    Prompts.from_arguments(flags)
+    error = capsys.readouterr().err
+    if words is None:
+        assert error == ""
+    else:
+        assert error.count("\n") == 1 and error.startswith("warning: ") and words in error
+
+
+@pytest.mark.parametrize("template", [None, "<s> $A", "$A </s>", "<s> $A </s>"])
+@pytest.mark.parametrize("add_bos", [None, True, False])
+def test_plain_starts_as_transformers_does(template, add_bos, tmp_path):
+    """Fails if a base model's prompt opens with the end token that its tokenizer appends, or with
+    a start token that transformers does not put there."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoTokenizer
+
+    build_tokenizer(tmp_path, "metaspace", SENTENCE_PIECE)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    if template:
+        tokenizer.post_processor = TemplateProcessing(
+            single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    if add_bos is not None:
+        config["add_bos_token"] = add_bos
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 2}')
+
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    prompts = Prompts(tmp_path, question="Will it rain?", format="plain")
+    due = theirs(f"{SYSTEM}\n\nWill it rain?\n\nthe day\n\nAnswer:\n").input_ids
+    assert prompts.prompt("the day")[0] == [i for i in due if i != 2]
+
+
+WORDS = ("sepsisscore", "é9", "<think>", "</tool_call>", "[TOOL]", "{x}", "assistants")
+
+
+@pytest.mark.parametrize("shape, added", [
+    ("bytes", ("<|endoftext|>", "<|im_start|>", "<|im_end|>")), ("metaspace", V3_TOKENS),
+    ("prepend", SENTENCE_PIECE)])
+def test_added_words_keep_their_ids_and_markup_stays_text(shape, added, tmp_path):
+    """Fails if an added word is split, gets the id of another token because markup is left out, or
+    is cut at the wrong place; if <think> or a word of the chat template becomes a token."""
+    from transformers import PreTrainedTokenizerFast
+
+    build_tokenizer(tmp_path, shape, added)
+    file = str(tmp_path / "tokenizer.json")
+    before = Prompts(tmp_path)
+    tokenizer = Tokenizer.from_file(file)
+    tokenizer.add_special_tokens(["<|later|>"])
+    tokenizer.add_tokens(list(WORDS))
+    tokenizer.save(file)
+    write_template(tmp_path, CHATML + "assistants", None)
+    prompts, words = Prompts(tmp_path), set(map(tokenizer.token_to_id, WORDS))
+    theirs = PreTrainedTokenizerFast(tokenizer_file=file)
+
+    text = "a sepsisscore of 3, asepsisscore, é9sepsisscore é9"
+    ids = encode(prompts.text_tokenizer, text).ids
+    assert ids == theirs(text, add_special_tokens=False).input_ids
+    assert {tokenizer.token_to_id(word) for word in WORDS[:2]} == words & set(ids)
+    assert prompts.prompt("the day was long") == before.prompt("the day was long")
+    for word in WORDS[2:] + added:
+        assert prompts.prompt(word) == before.prompt(word)
+
+    # a cut takes whole tokens of the text, and only those
+    whole = prompts.prompt(text * 9)[0]
+    for bound in range(len(whole) - 30, len(whole)):
+        ids, cut = Prompts(tmp_path, max_prompt=bound).prompt(text * 9)
+        same = next(i for i in range(bound + 1) if ids[:i + 1] != whole[:i + 1] or i == bound)
+        assert len(ids) == bound and ids[same:] == whole[same + cut:]
 
 
 def test_a_text_does_not_end_the_instruction_where_inst_is_plain_text(tmp_path):
@@ -218,7 +342,8 @@ def first(tiny, rows_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     (folder / "models").mkdir()
     (folder / "models" / "smollm2-135m").symlink_to(tiny)
-    flags = "--out runs/first --dtype float32 --max-answer 40 --epochs 2 --lr 0.02".split()
+    flags = ("--model models/smollm2-135m --out runs/first --dtype float32 --max-answer 40 "
+             "--epochs 2 --lr 0.02").split()
     subprocess.run([sys.executable, ROOT / "train.py", "--data", rows_file, *flags],
                    cwd=folder, check=True, capture_output=True)
     return folder
@@ -231,6 +356,7 @@ def test_train_here_open_and_save_in_peft_open_here(first, tmp_path, monkeypatch
 
     monkeypatch.chdir(first)
     model, run = Path("models/smollm2-135m"), Path("runs/first")
+    assert json.loads((run / "clsgen.json").read_text())["base"] == str(first / model)
     base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype="float32")
     PeftModel.from_pretrained(base, run).save_pretrained(tmp_path)
     (tmp_path / "clsgen.json").write_text((run / "clsgen.json").read_text())

@@ -1,12 +1,16 @@
 """Prompts and answers as token ids: frames, the cut, label words, the label that a text states."""
 
 import json
+import re
 
 import pytest
-from conftest import write_tokenizer
+from conftest import assert_refused, make_run, run_script, write_model, write_tokenizer
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from data import encode_rows
-from prompts import Prompts
+from prompts import Prompts, check_base
+from run import load_run
 
 
 def test_a_long_text_loses_its_middle_and_nothing_else(tiny):
@@ -45,9 +49,12 @@ def test_plain_and_unknown_frames(tmp_path):
     accepted, or a token id beyond the embedding or a row beyond the positions gets through."""
     write_tokenizer(tmp_path, added=("<eos>",))
     config = {"eos_token_id": [0, 5], "vocab_size": 400, "max_position_embeddings": 2048}
-    for key, value in (("vocab_size", 280), ("max_position_embeddings", 99)):
+    for key, value, words in (
+            ("vocab_size", 280, "but the tokenizer needs"),
+            ("max_position_embeddings", 99, "--max-prompt 1024 and --max-answer 256 need 1280"),
+            ("max_position_embeddings", 300, "--max-prompt 44 would fit")):
         (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
-        with pytest.raises(ValueError, match=f"{key} is {value}"):
+        with pytest.raises(ValueError, match=f"{key} is {value}.*{words}"):
             Prompts(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     prompts = Prompts(tmp_path)
@@ -80,7 +87,8 @@ def test_the_label_that_an_answer_states(tiny):
 @pytest.mark.parametrize("settings, words", [
     ({"question": 5}, "question is 5"), ({"labels": ("no", 1)}, "label word is 1"),
     ({"labels": ("no", "yes", "no")}, "two different words"), ({"labels": ("no", " ")}, "two"),
-    ({"format": "xml"}, "format is 'xml', expected one of chatml, "), ({"format": []}, "format is"),
+    ({"format": "xml"}, "format is 'xml', expected one of chatml-bos, chatml, "),
+    ({"format": []}, "format is"),
     ({"max_prompt": 0}, "max-prompt is 0"), ({"max_answer": True}, "max-answer is True")])
 def test_settings_are_checked_at_the_door(tiny, settings, words):
     """Fails if a setting of a damaged run folder ends in another exception, or gets through."""
@@ -95,3 +103,92 @@ def test_an_answer_must_be_able_to_end(tmp_path, eos):
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": eos, "vocab_size": 400}))
     with pytest.raises(ValueError, match="eos_token_id is "):
         Prompts(tmp_path)
+
+
+def test_a_model_of_images_too_is_named_as_such(tmp_path):
+    """Fails if the wrapper's config, which names no end token, is said to be incomplete."""
+    write_tokenizer(tmp_path, added=("<eos>",))
+    (tmp_path / "config.json").write_text('{"model_type": "llava", "text_config": {}}')
+    with pytest.raises(ValueError, match="model_type is 'llava', a model of images and text"):
+        Prompts(tmp_path)
+
+
+# --- tokens that the model does not know ----------------------------------------------------------
+def test_a_token_beyond_the_embedding_is_refused_where_it_is_needed(tmp_path):
+    """Fails if an added token without an embedding, which transformers loads, refuses a model, or
+    if its id gets into a batch."""
+    write_tokenizer(tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    vocab_size = tokenizer.get_vocab_size()
+    tokenizer.add_tokens(["<pad>", "Sepsis"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = {"eos_token_id": 2, "vocab_size": vocab_size}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    prompts = Prompts(tmp_path)
+    prompts.prompt("a <pad> text")
+    for needs in (lambda: prompts.prompt("a Sepsis"), lambda: prompts.answer(1, "Sepsis"),
+                  lambda: Prompts(tmp_path, labels=("no", "sepsis"))):
+        with pytest.raises(ValueError, match=f"token 'Sepsis' has id {vocab_size + 1}, but"):
+            needs()
+
+
+def set_rows(folder, tensors):
+    """Overwrites rows of the tiny model's weights: {tensor: {token id: row or another's id}}."""
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    for name, rows in tensors.items():
+        for token_id, row in rows.items():
+            weights[name][token_id] = weights[name][row] if row else 0
+    save_file(weights, path, {"format": "pt"})
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize("tied, rows, refused", [
+    (True, {}, None), (False, {}, None),
+    (True, {EMBEDDING: {1: None, 2: None}}, "<|im_start|>"),
+    (True, {EMBEDDING: {2: None}}, "<|im_end|>"),
+    (False, {EMBEDDING: {1: 399}}, "<|im_start|>"),  # a row that fills the matrix up
+    (False, {EMBEDDING: {1: 4}}, "<|im_start|>"),  # a reserved token
+    (False, {EMBEDDING: {1: 2}}, "<|im_start|>"),  # both have the mean of all rows
+    (False, {HEAD: {2: None}}, "<|im_end|>"),  # the text would never end
+    (False, {HEAD: {2: 4}}, "<|im_end|>"),
+    (False, {HEAD: {1: None}}, None),  # it is only read, never written
+    (False, {EMBEDDING: {3: None, 4: None, 399: 398}}, None),  # tokens that no prompt has
+    (False, {EMBEDDING: {0: 2}}, None)])  # eos, which ends texts as well
+def test_chat_tokens_that_were_never_trained_are_refused(tmp_path, tied, rows, refused):
+    """Fails if a base model's chat tokens pass, or if a model that was trained on them does not."""
+    write_tokenizer(tmp_path, (*"<|endoftext|> <|im_start|> <|im_end|> <think> <|later|>".split(),))
+    write_model(tmp_path, tie_word_embeddings=tied, eos_token_id=[0, 2])
+    set_rows(tmp_path, rows)
+    if refused is None:
+        check_base(Prompts(tmp_path), tmp_path)
+    else:
+        words = rf"{re.escape(refused)}.*-Instruct model, or --format plain"
+        with pytest.raises(ValueError, match=words):
+            check_base(Prompts(tmp_path), tmp_path)
+    check_base(Prompts(tmp_path, format="plain"), tmp_path)
+
+
+@pytest.mark.parametrize("script", [
+    "data.py ROWS", "train.py --data ROWS --out OUT", "explain.py --data ROWS --out OUT",
+    "eval.py --run RUN --data ROWS --out OUT"])
+@pytest.mark.parametrize("fault", ["untrained", "adapter"])
+def test_every_script_refuses_a_base_that_is_none(run, tiny, rows_file, tmp_path, script, fault):
+    """Fails if one of them builds on untrained chat tokens, or without the adapter in the folder;
+    or if a run that has such a base already can no longer be loaded."""
+    base = tmp_path / "base"
+    write_model(base)
+    write_tokenizer(base)
+    if fault == "untrained":
+        set_rows(base, {EMBEDDING: {1: None}})
+        words = "never trained on <|im_start|>"
+    else:
+        (base / "adapter_config.json").write_text("{}")
+        words = "holds a LoRA adapter"
+    make_run(base, tmp_path / "its")
+    names = {"ROWS": rows_file, "OUT": tmp_path / "out", "RUN": tmp_path / "its"}
+    done = run_script(*(names.get(word, word) for word in script.split()), "--model", base)
+    assert_refused(done, base, words)
+    load_run(tmp_path / "its")
