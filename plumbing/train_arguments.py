@@ -22,7 +22,7 @@ def parse(argv=None):
               "       %(prog)s --resume RUN",
         description="Joint training: LoRA and a score head on one Llama.", formatter_class=Help)
     parser.add_argument("--data", type=Path, help="training rows, JSON Lines")
-    parser.add_argument("--model", default="models/smollm2-135m",
+    parser.add_argument("--model", default=DEFAULT_MODEL,
                         help="Hugging Face folder of the base model")
     add_prompt_arguments(parser)  # --question, and a group of others
 
