@@ -276,19 +276,66 @@ class Prompts:
         return stated_label(answer, self.labels)
 
 
+# --- the label that an answer states --------------------------------------------------------------
+# What may stand around a label's word. Quotes, brackets and emphasis before it ...
+OPENING = r"[\s\"'`“”„‘’«»‹›「『（(\[{*_\#>]*"
+
+# ... also after "Answer:", "The answer is" and their like ...
+LEAD = r"""
+    (?: (?:so|the|my|final|correct|right) \s+ )*
+    (?: answer|label|response|prediction|classification|verdict|decision|conclusion )
+    (?: \s+ to \s+ (?:the|this|your) \s+ question )?
+    (?: ["'*_]* \s* [:：=] | \s+ (?:is|would \s+ be) \b \s* [:：]? | ["'*_]* \s* \n )
+"""
+
+# ... and after it: quotes, brackets and emphasis that close (but not those in "yes's" and "yes_x"),
+# and then punctuation, the end of a line or of the answer, or a remark in brackets. A hyphen counts
+# where no word follows it at once: "no - it", but not "no-one"
+CLOSING = r"(?: [\"`”“»«›‹」』）)\]}*] | ['’_](?![^\W_]) )"
+MARK = r"(?: [.,:;!?…。，、：；！？．।॥،؛؟۔։—–―] | -+(?=\s|$) )"
+END = rf"""
+    (?: \s* {MARK} (?: {MARK} | {CLOSING}(?= {CLOSING}* (?:\s|$|{MARK}) ) )*
+      | [^\S\n]* \n
+      | \s* $
+      | \s+ (?=[(（]) )
+"""
+NUMBER = r"[.,:–-]\d"  # "1.5" and "no.5" state no label
+
+
 def stated_label(answer, labels):
     """An answer as (the label that it states or None, the explanation after it).
 
-    It states a label if it starts with that label's word, in any case, followed by one of . , : ;
-    or by nothing. The longest word is tried first, since one may begin with the other.
+    It states a label if it opens with that label's word, in any case: "Yes. Because ...", "no!",
+    "**Answer:** yes". A word that more words follow directly states nothing ("No doubt"), and
+    neither does one that another label follows as if to choose from ("yes or no", "No, yes").
+    """
+    label, rest, between = opening_label(answer, labels)
+    if label is None:
+        return None, answer.strip()
+
+    # After a full stop there is a new sentence, which may open with the other label's word
+    if not any(stop in between for stop in ".。।"):
+        alternative = re.sub(r"^(?:or|and)\b", "", rest, flags=re.IGNORECASE)
+        other, _, _ = opening_label(alternative, labels)
+        if other not in (None, label):
+            return None, answer.strip()
+    return label, rest
+
+
+def opening_label(text, labels):
+    """(the label whose word opens a text, what follows, what is between), else (None, text, "").
+
+    The longest word is tried first, since one may begin with the other.
     """
     longest_first = sorted(range(len(labels)), key=lambda label: len(labels[label]), reverse=True)
     for label in longest_first:
-        word = re.escape(labels[label])
-        match = re.match(rf"\s*{word}\s*(?:[.,:;]\s*|$)", answer, re.IGNORECASE)
+        word = r"\s+".join(map(re.escape, labels[label].split()))
+        before = f"(?: {OPENING} {LEAD} )* {OPENING}"
+        after = f"(?! {NUMBER} ) (?P<after> {CLOSING}+ {END}? | {END} )"
+        match = re.match(before + word + after, text, re.IGNORECASE | re.VERBOSE)
         if match:
-            return label, answer[match.end() :].strip()
-    return None, answer.strip()
+            return label, text[match.end() :].strip(), match["after"]
+    return None, text, ""
 
 
 # --- tokenizers -----------------------------------------------------------------------------------

@@ -5,11 +5,13 @@ import re
 
 import pytest
 from conftest import assert_refused, make_run, run_script, write_model, write_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from data import encode_rows
-from prompts import Prompts, check_base
+from prompts import Prompts, check_base, stated_label
 from run import load_run
 
 
@@ -70,18 +72,71 @@ def test_plain_and_unknown_frames(tmp_path):
 
 
 def test_the_label_that_an_answer_states(tiny):
-    """Fails if a word anywhere, or one that only begins like a label, counts as a statement, or
-    "not likely" is read as the label "not"."""
+    """Fails if the form that training writes is read otherwise, a word anywhere, or one that only
+    begins like a label, counts as a statement, or "not likely" is read as the label "not"."""
     for answer, due in {
         "Yes. It is.": (1, "It is."), "no: none": (0, "none"), " YES": (1, ""), "": (None, ""),
         "No , but": (0, "but"), "Not sure.": (None, "Not sure."),
         "I say yes.": (None, "I say yes."), "Yesterday it": (None, "Yesterday it"),
         "No doubt. Yes.": (None, "No doubt. Yes."),
+        "Yes. No. It is.": (1, "No. It is."), 'Yes. "Bad" it is.': (1, '"Bad" it is.'),
+        "Yes.\n\n(64) *is*": (1, "(64) *is*"), "No. - 5": (0, "- 5"), "Yes. ": (1, ""),
+        "no," * 5000: (0, ("no," * 4999)),
     }.items():
         assert Prompts(tiny).parse(answer) == due
     prompts = Prompts(tiny, labels=("likely", "likely, not"))
     assert prompts.parse("Likely, not. Why?") == (1, "Why?")
     assert prompts.parse("likely. x") == (0, "x")
+
+
+PAIRS = (("no", "yes"), ("no", "no risk"), ("a+b?", "{b}"), ("否", "是"), ("नहीं", "हाँ"), ("0", "1"))
+LEADS = ("", "Answer: ", "The answer is ", "the label is: ", "Final answer: ", "**Answer:** ",
+         "## Answer\n\n", "The answer to the question is ", "Label: The answer is ")
+AROUND = ("{}", '"{}"', "'{}'", "“{}”", "‘{}’", "„{}“", "«{}»", "「{}」", "**{}**", "__{}__",
+          "*{}*", "`{}`", "({})", "[{}]", "（{}）", '**"{}"**')
+AFTER = (".", ",", ":", ";", "!", "?", "…", " -", " –", "—", "。", "！", "？", "，", "।", "؟", "!!",
+         " .", "\n", "\n\n")
+TEXTS = ("", "Because it is so.", '"Severe" was said.', "*Severe* it is.", "64 is old.", "否认。")
+
+
+@given(st.sampled_from(PAIRS), st.integers(0, 1), st.sampled_from([str, str.upper, str.capitalize]),
+       st.sampled_from(LEADS), st.sampled_from(AROUND), st.sampled_from(AFTER),
+       st.sampled_from(TEXTS), st.booleans())
+@settings(max_examples=500, deadline=None)
+def test_a_label_is_read_in_whatever_form_it_is_stated(
+        pair, label, case, lead, around, after, text, inside):
+    """Fails if a form of a label counts as no statement, or a piece of it stays in the text."""
+    word = case(pair[label])
+    stated = around.format(word) + after
+    if inside and after == after.strip():  # a blank or a line break belongs to what follows
+        stated = around.format(word + after)
+    assert stated_label(f"{lead}{stated} {text}", pair) == (label, text)
+    assert stated_label(lead + around.format(word), pair) == (label, "")
+
+
+@pytest.mark.parametrize("answer", [
+    "Yes they do", "Yes because it is", "Yesterday.", "No one came.", "No-one.", "Not.", "Nobody",
+    "no'one", "yes's", "yes_no", "yes or no", "Yes/No", "No, yes", "no; yes.", "Yes|No", "Yes\nNo",
+    '"Yes" or "no"', "(yes) or (no): x", "Yes, or no?", "yes and no.", "Yes (no).", "no – yes",
+    "**No** or **Yes**", "Yes, the answer is no.", "The answer is not yes.", "The answer: maybe.",
+    "The answer is no longer known.", "Answer yes or no", "Answering: yes", "no.5 is bad.",
+    "no-5", "Is it? Yes.", "I say yes.", "It is a yes.", "...", '""', "**", "Answer:", "yesno"])
+def test_what_is_no_statement_of_one_label(answer):
+    """Fails if a label is read where another one, or none, may be meant."""
+    assert stated_label(f" {answer} ", ("no", "yes")) == (None, answer)
+
+
+@pytest.mark.parametrize("answer, labels, due", [
+    ("1.5 mg", ("0", "1"), None), ("1,000.", ("0", "1"), None), ("1. 5 mg", ("0", "1"), 1),
+    ("A patient.", ("a", "b"), None), ("A, B", ("a", "b"), None), ("B) it", ("a", "b"), 1),
+    ("No risky act.", ("no", "no risk"), None), ("No\nrisk!", ("no", "no risk"), 1),
+    ("No, no risk.", ("no", "no risk"), None), ("是的。", ("否", "是"), None),
+    ("aab.", ("a+b", "c"), None), ("{yes}.", ("yes", "{yes}"), 1), ("{a}", ("b", "a"), 1),
+    ("High-risk.", ("high", "high-risk"), 1), ("High-risky.", ("high", "high-risk"), None),
+    ("Yes, no doubt.", ("no", "yes"), 1), ("Yes, yes.", ("no", "yes"), 1)])
+def test_words_that_resemble_each_other_or_other_words(answer, labels, due):
+    """Fails if a number, another word or the shorter of two words is read as a label."""
+    assert stated_label(answer, labels)[0] == due
 
 
 @pytest.mark.parametrize("settings, words", [
