@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 from collections import Counter
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from clsgen import CLSGen, choose_token
 from data import encode_rows, read_rows
 from metrics import auroc, repetition
-from plumbing.chat import complete
+from plumbing.chat import Refused, Server
 from plumbing.checkpoint import base_fingerprint, load_llama
 from plumbing.files import continue_job, sha256_of, write_atomically
 from plumbing.near_texts import shingles
@@ -31,6 +32,9 @@ from plumbing.packed import pack
 from plumbing.script import Help, pick_device, refuse, run_main
 from prompts import SYSTEM, Prompts, add_prompt_arguments, check_base, stated_label
 from run import Fitted, Run
+
+FIRST_ROWS = 20  # if none of them can be explained, something is wrong
+MOST_REFUSED = 5  # rows in a row that a server may refuse
 
 INSTRUCTION = (  # what a teacher reads below a row's text; the question stands above the text
     'The answer is "{}". In one to three sentences, explain which facts in the text lead to this '
@@ -45,7 +49,8 @@ def explain_batch(rows, teacher, source, args):
     A row that has an explanation stays as it is. Every other row gets an `explanation_source`: the
     entries of source (who explains, and with which arguments), `zero_shot` (the teacher's p of
     class 1 before it is told the label), `tries` (how many samples it wrote) and `checks` (what
-    became of each sample: the first check that it failed, or "passed").
+    became of each sample: the first check that it failed, or "passed"; "cut off" where the bound
+    on its tokens came before it said anything).
 
     The last check is a reader: the teacher itself, who sees the question and the explanation only
     and must find the label.
@@ -71,8 +76,11 @@ def explain_batch(rows, teacher, source, args):
         # The checks that need no model
         readable = []
         for row, sample in zip(unexplained, samples, strict=True):
-            sample = without_label(sample, row, args.labels)
-            failed = failed_checks(sample, row, args)
+            if sample is None:
+                failed = ["cut off"]
+            else:
+                sample = without_label(sample, row, args.labels)
+                failed = failed_checks(sample, row, args)
             row["explanation_source"]["tries"] = attempt + 1
             if failed:
                 row["explanation_source"]["checks"].append(failed[0])
@@ -93,6 +101,17 @@ def explain_batch(rows, teacher, source, args):
 
 def without_explanation(rows):
     return [row for row in rows if "explanation" not in row]
+
+
+def without_answer(row, source):
+    """The row where the server refused a request about it: it keeps its label alone."""
+    refused = {**source, "zero_shot": 0.5, "tries": 0, "checks": ["refused"]}
+    return {**row, "explanation_source": refused}
+
+
+def was_refused(row):
+    """Whether `without_answer` made the row."""
+    return row["explanation_source"]["checks"] == ["refused"]
 
 
 def task(row, labels):
@@ -123,14 +142,23 @@ def leans_to(label, p):
 
 
 # --- the checks: does this text pass as an explanation of this row? -------------------------------
+def says_something(text, row, args):
+    """It is more than thoughts, and more than the label's word."""
+    return text != ""
+
+
 def keeps_to_the_label(text, row, args):
     """It does not state the other label."""
     return stated_label(text, args.labels)[0] in (None, row["label"])
 
 
 def argues_from_the_text(text, row, args):
-    """It does not speak of a label that it was given, or of instructions."""
-    return not TOLD.search(text)
+    """It does not speak of a label that it was given, except in words of the row's text."""
+    the_words = "|".join(map(re.escape, args.labels))
+    label_is = rf"\bthe (answer|label) ((is|was|of|says) [\"“'‘]?|[\"“'‘])({the_words})\b"
+    phrases = [*TOLD.finditer(text), *re.finditer(label_is, text, re.IGNORECASE)]
+    own = row["text"].lower()
+    return all(phrase[0].lower() in own for phrase in phrases)
 
 
 def is_grounded(text, row, args):
@@ -148,17 +176,17 @@ def invents_no_number(text, row, args):
 def has_the_right_length(text, row, args):
     """It has as many words as --words allows."""
     low, high = args.words
-    return low <= len(text.split()) <= high
+    return low <= len(words(text)) <= high
 
 
 def is_finished(text, row, args):
     """Its last sentence ends, perhaps within quotation marks."""
-    return text.rstrip("\"')”’").endswith((".", "!", "?", "。"))
+    return text.rstrip("\"'”’»」』)）").endswith(tuple(".!?。！？．।॥؟۔።։"))
 
 
 def does_not_loop(text, row, args):
     """At most a fifth of its runs of four words are repeats."""
-    _, repeated = repetition([text])  # None where it has fewer than four words
+    _, repeated = repetition([" ".join(words(text))])  # None where it has fewer than four words
     return repeated is None or repeated <= 0.2
 
 
@@ -175,6 +203,7 @@ def has_no_markup(text, row, args):
 
 
 CHECKS = {  # by the names that explanation_source has for them
+    "empty": says_something,
     "label": keeps_to_the_label,
     "told": argues_from_the_text,
     "grounded": is_grounded,
@@ -186,10 +215,25 @@ CHECKS = {  # by the names that explanation_source has for them
     "markup": has_no_markup,
 }
 
+# How a text speaks of an answer that it was given: "discharge instructions" and "the label warns"
+# do not
 TOLD = re.compile(
-    r"\b((the|this|right|correct|given|known) (answer|label)|instructions?"
-    r"|I (was|am) (told|given|asked)|as an ai)\b",
-    re.IGNORECASE,
+    r"""\b(?:
+        (?: given | provided | correct | known | assigned | expected | stated ) \s (?:answer|label)
+      | (?: answer | label ) \s (?: (?:that|which|as) \s (?:was|is) \s )? (?: given | provided )
+      | this \s answer \s (?: is | was | follows | comes )
+      | (?: answer | label ) \s (?: is | was ) \s (?: supported | justified | right | based )
+      | the \s answer ,? \s (?: is | of | must | should | would | follows | comes | lies | ["“'‘] )
+      | (?: as | since | because ) \s the \s (?: answer | label ) \s (?: is | says | states )
+      | (?: support | justif | explain | lead | point | match | confirm | favou?r ) \w*
+        (?: \s (?:to|towards|for|with) )? \s (?: the | this | that ) \s (?: answer | label ) \b
+      | (?: consistent | accordance | agreement | line ) \s with \s the \s (?: answer | label )
+      | I \s (?: was | am | have \s been ) \s (?: told | given | asked | instructed )
+      | you \s (?: told | gave | asked | provided | stated )
+      | (?: my | your | above | these ) \s instructions
+      | as \s an \s ai
+    )\b""",
+    re.IGNORECASE | re.VERBOSE,
 )
 MARKUP = re.compile(
     r"<\|.*?\|>|</?\w+>|\[/?INST"
@@ -206,10 +250,38 @@ def failed_checks(text, row, args):
     return failed
 
 
+# Scripts that have no blanks between words: Thai and Lao, Burmese, Khmer, Japanese and Chinese
+NO_BLANKS = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff"
+)
+HANGUL = "\uac00-\ud7af"
+WORD = re.compile(rf"[{NO_BLANKS}]|[^\s{NO_BLANKS}、。，！？：；「」『』（）]+")
+
+
+def words(text):
+    """A text's words: what is between blanks; where a script has none, each character."""
+    return WORD.findall(text)
+
+
 def stems(text):
-    """A text's content words, by their first five letters: "reports" meets "reported"."""
-    words = re.findall(r"[^\W\d_]{4,}", text.lower())
-    return {word[:5] for word in words}
+    """A text's content words, by their first five letters: "reports" meets "reported".
+
+    Words of less than four letters do not count. Where a script has no blanks between words, and in
+    Korean, whose words change their ends, each two neighbouring characters count as a word.
+    """
+    found = set()
+    for pair in re.findall(rf"(?=([{NO_BLANKS}{HANGUL}]{{2}}))", text):
+        found.add(pair)
+
+    # letters with their accents and vowel signs
+    letters = ""
+    for character in re.sub(rf"[{NO_BLANKS}{HANGUL}]", " ", text.lower()):
+        letters += character if unicodedata.category(character)[0] in "LM" else " "
+    for word in letters.split():
+        if len(word) >= 4:
+            found.add(word[:5])
+    return found
 
 
 def numbers(text):
@@ -232,7 +304,10 @@ class LocalTeacher:
         self.args = args
 
     def write(self, texts, seeds):
-        """What it says to each text below the question, drawn with that text's own seed."""
+        """What it says to each text below the question, drawn with that text's own seed.
+
+        None where the bound on tokens came before it said anything.
+        """
         prompts = self.run.prompts
         temperature = self.args.temperature
         top_p = self.args.top_p
@@ -250,10 +325,10 @@ class LocalTeacher:
 
         answers = []
         for ids in torch.stack(steps, dim=1).tolist():
-            ids = [token for token in ids if token not in prompts.stop_ids]
+            said = [token for token in ids if token not in prompts.stop_ids]
             # A special token in the middle must show: the check "markup" is to find it
-            answer = prompts.tokenizer.decode(ids, skip_special_tokens=False)
-            answers.append(without_thinking(answer))
+            answer = prompts.tokenizer.decode(said, skip_special_tokens=False)
+            answers.append(what_it_says(answer, cut_off=len(said) == len(ids)))
         return answers
 
     def score(self, texts):
@@ -267,10 +342,10 @@ class ServerTeacher:
 
     def __init__(self, args):
         self.args = args
-        self.key = key_of(args)
+        self.server = Server(args.endpoint, key_of(args), args.timeout, args.retries)
 
     def write(self, texts, seeds):
-        """What it says to each text below the question."""
+        """What it says to each text below the question; None as from a `LocalTeacher`."""
         answers = []
         for text, seed in zip(texts, seeds, strict=True):
             answers.append(self.ask(text, self.args.temperature, seed))
@@ -283,12 +358,15 @@ class ServerTeacher:
         for text in texts:
             asked = f'{text}\n\nAnswer with one word, "{no}" or "{yes}".'
             answer = self.ask(asked, 0, self.args.seed)
-            label, _ = stated_label(answer, self.args.labels)
+            label, _ = stated_label(answer or "", self.args.labels)
             scores.append(0.5 if label is None else float(label))
         return scores
 
     def ask(self, text, temperature, seed):
-        """One answer to a text below the question. ValueError if there is none."""
+        """One answer to a text below the question, as `write` gives it.
+
+        ValueError if there is none, of the kind Refused if it is for this text alone.
+        """
         args = self.args
         half = 2 * args.max_prompt  # in characters: a token has about four
         if len(text) > 2 * half:
@@ -305,15 +383,34 @@ class ServerTeacher:
             "top_p": args.top_p,
             "seed": seed,
         }
-        answer = complete(args.endpoint, body, self.key, args.timeout, args.retries)
-        return without_thinking(answer)
+        answer, cut_off = self.server.complete(body)
+        return what_it_says(answer, cut_off)
 
 
-def without_thinking(answer):
-    """What follows a teacher's thinking, without bold. A thought that does not end says nothing."""
-    said = answer.rsplit("</think>", 1)[-1]
-    said = said.split("<think>")[0]
-    return said.replace("**", "").strip()
+# How models mark where their thinking begins, and where it is over
+THINKING = re.compile(
+    r"<(?:think|thinking|thought|reasoning)>|\[THINK\]|◁think▷|<\|START_THINKING\|>"
+    r"|<\|channel\|>analysis",
+    re.IGNORECASE,
+)
+THOUGHT = re.compile(
+    r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>"
+    r"|<\|channel\|>final<\|message\|>",
+    re.IGNORECASE,
+)
+
+
+def what_it_says(answer, cut_off):
+    """An answer without the thinking before it, and without bold.
+
+    A thought that does not end says nothing. None if nothing is said because it was cut off.
+    """
+    said = THOUGHT.split(answer)[-1]
+    said = THINKING.split(said)[0]
+    said = said.replace("**", "").strip()
+    if cut_off and not said:
+        return None
+    return said
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -339,9 +436,15 @@ def main(argv=None):
         batch_size = args.batch
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
 
+    refusals = {}  # by row: what a server says about those that it refuses
+
     def work(batch):
         try:
             return explain_batch(batch, teacher, source, args)
+        except Refused as error:  # by a server, which gets a row at a time
+            [row] = batch
+            refusals[row["id"]] = f"at row {row['id']!r}: {error}"
+            return [without_answer(row, source)]
         except ValueError as error:
             raise ValueError(f"at row {batch[0]['id']!r}: {error}") from None
 
@@ -353,7 +456,12 @@ def main(argv=None):
         ThreadPool(args.concurrency) as pool,
         tqdm(total=len(rows), desc="explain", unit="row") as bar,
     ):
-        in_order = pool.imap if args.endpoint else map
+
+        def in_order(work, batches):
+            results = pool.imap(work, batches) if args.endpoint else map(work, batches)
+            asked = asked_rows(rows[: len(explained)], explained)  # before the stop, if there was
+            return while_it_works(batches, results, asked, refusals, args)
+
         for batch in continue_job(part, about, batches, work, in_order):
             explained += batch
             bar.update(len(batch))
@@ -361,7 +469,64 @@ def main(argv=None):
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in explained]
     write_atomically(args.out, "".join(lines))
     part.unlink()
-    report(rows, explained, args.labels)
+    report(rows, explained, args)
+    if refusals:
+        print(f"the last refusal was {list(refusals.values())[-1]}")
+    if args.endpoint:
+        for field, name in teacher.server.renamed.items():
+            print(f"the server does not take {field}: {f'sent as {name}' if name else 'left out'}")
+
+
+def while_it_works(batches, results, asked, refusals, args):
+    """Yields the results in order. ValueError where it makes no sense to go on.
+
+    batches are the rows before, asked those that were asked for in this job already. All that was
+    yielded is in OUT.part by then.
+
+    A refused row is held back until a later one is answered, or all are done. So where a server
+    refuses everything from some row on, that is no verdict on these rows: the same command asks
+    for them again.
+    """
+    at_the_beginning = len(asked) < FIRST_ROWS
+    held_back = []
+    in_a_row = 0
+    for before, after in zip(batches, results, strict=True):
+        new = asked_rows(before, after)
+        if at_the_beginning:
+            asked = asked + new
+
+        # Is this one row's fault, or the server's?
+        refused = [row for row in new if was_refused(row)]
+        in_a_row += len(refused)
+        if in_a_row >= MOST_REFUSED:
+            refusal = refusals[refused[-1]["id"]]
+            raise ValueError(f"{refusal}; it is the last of {in_a_row} refusals in a row")
+        held_back.append(after)
+        if in_a_row and len(refused) == len(new):
+            continue
+        yield from held_back
+        held_back = []
+        in_a_row = 0
+
+        # Is the beginning worth going on?
+        if at_the_beginning and len(asked) >= FIRST_ROWS:
+            at_the_beginning = False
+            none = len(without_explanation(asked)) == len(asked)
+            if none and before is not batches[-1]:
+                raise ValueError(nothing_explained(asked, refusals, args))
+    yield from held_back
+
+
+def nothing_explained(asked, refusals, args):
+    """The sentence that says why a job stops after its first rows, and how to go on."""
+    outcomes = outcomes_of(asked)
+    problem = f"none of the first {len(asked)} rows got an explanation ({counts(outcomes)})"
+    if outcomes["cut off"]:
+        problem += f"; {cut_off_advice(args)}"
+    if refusals:
+        problem += f"; the last refusal was {list(refusals.values())[-1]}"
+    return (f"{problem}; the same command continues with the other rows, or starts anew if you "
+            f"delete {args.out}.part")
 
 
 def basis_of(args):
@@ -382,19 +547,40 @@ def basis_of(args):
     return basis
 
 
-def report(rows, explained, labels):
-    """Prints for each class what became of its rows, and how good the teacher is by itself.
-
-    rows are the rows before: those that were explained already do not count.
-    """
+def asked_rows(rows, explained):
+    """The explained rows that had no explanation before, in rows."""
     asked = []
     for before, after in zip(rows, explained, strict=True):
         if "explanation" not in before:
             asked.append(after)
+    return asked
 
+
+def outcomes_of(asked):
+    """How often each check stopped a sample, as a Counter."""
+    outcomes = Counter()
+    for row in asked:
+        outcomes.update(row["explanation_source"]["checks"])
+    return outcomes
+
+
+def cut_off_advice(args):
+    """What to do where samples are cut off before they say anything."""
+    return (f"--max-answer {args.max_answer} cuts the teacher off before it says anything, "
+            "perhaps in its thinking: give a larger one")
+
+
+def report(rows, explained, args):
+    """Prints for each class what became of its rows, and how good the teacher is by itself.
+
+    rows are the rows before: those that were explained already do not count.
+    """
+    asked = asked_rows(rows, explained)
     shares = []
-    for label, word in enumerate(labels):
+    for label, word in enumerate(args.labels):
         shares.append(report_class(asked, label, word))
+    if outcomes_of(asked)["cut off"]:
+        print(f"warning: {cut_off_advice(args)}")
 
     y = [row["label"] for row in asked]
     both_classes = len(set(y)) == 2
@@ -409,28 +595,26 @@ def report_class(asked, label, word):
     """Prints what became of one class's rows. Returns the share of them that is explained."""
     rows = [row for row in asked if row["label"] == label]
 
-    outcomes = Counter()  # of all samples
     against = 0  # rows that the teacher would label otherwise, before it is told
     tries = Counter()  # how many samples it took, where one was kept
-    words = []  # in those that were kept
+    lengths = []  # in words, of those that were kept
     for row in rows:
         source = row["explanation_source"]
-        outcomes.update(source["checks"])
         against += leans_to(1 - label, source["zero_shot"])
 
         if "explanation" in row:
             tries[source["tries"]] += 1
-            words.append(len(row["explanation"].split()))
+            lengths.append(len(words(row["explanation"])))
 
-    kept = len(words)
+    kept = len(lengths)
     share = kept / max(1, len(rows))
-    if not words:
-        words = [0]
+    if not lengths:
+        lengths = [0]
 
     print(f"{word}: {kept} of {len(rows)} rows explained ({share:.0%})")
-    print(f"  samples   {counts(outcomes)}")
+    print(f"  samples   {counts(outcomes_of(rows))}")
     print(f"  by try    {counts(tries)}")
-    print(f"  words     {min(words)} to {max(words)}, median {np.median(words):.0f}")
+    print(f"  words     {min(lengths)} to {max(lengths)}, median {np.median(lengths):.0f}")
     print(f"  teacher   would label {against} of the rows otherwise")
     return share
 
@@ -476,7 +660,7 @@ def check_arguments(args):
         problems.append(f"--temperature is {args.temperature}, expected 0 or more")
     if not 0 < args.top_p <= 1:
         problems.append(f"--top-p is {args.top_p}, expected a number above 0 and up to 1")
-    if len({word.strip().lower() for word in args.labels}) < 2:
+    if len({word.strip().lower() for word in args.labels} - {""}) < 2:
         problems.append("--labels must be two different words")
 
     if args.out.exists():
