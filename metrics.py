@@ -156,23 +156,22 @@ def f1_score(y, yhat):
     return float(2 * true_positives / (y.sum() + yhat.sum()))
 
 
-def best_f1_threshold(y, p):
-    """The highest threshold t whose decisions, 1 where p >= t, have the best F1.
+def counts_by_threshold(y, p):
+    """Counts what p >= t decides for each t of the different values of p, from the highest down.
 
-    t lies halfway between the lowest p that is decided as 1 and the next lower p, so that a
-    decision does not change if p is rounded differently in another batch (by about 1e-5).
-    ValueError if there is no positive.
+    Returns three arrays (U,): the values, and for each the true positives and the rows decided as 1
+    if this value and all above it are decided as 1.
     """
-    y, p = checked(y, p, need=(1,))
     values, rows, positives = counts_by_value(y, p)
+    return values[::-1], np.cumsum(positives[::-1]), np.cumsum(rows[::-1])
 
-    # From the highest value down: F1 if this value and all above it are decided as 1
-    values = values[::-1]
-    true_positives = np.cumsum(positives[::-1])
-    decided = np.cumsum(rows[::-1])
-    f1 = 2 * true_positives / (positives.sum() + decided)
-    best = int(np.argmax(f1))
 
+def halfway_down(values, best):
+    """A threshold that decides values[:best + 1] as 1 and the lower ones as 0; values fall.
+
+    It lies halfway between the two, so that a decision does not change if p is rounded differently
+    in another batch (by about 1e-5).
+    """
     next_lower = 0.0
     if best + 1 < len(values):
         next_lower = values[best + 1]
@@ -180,6 +179,17 @@ def best_f1_threshold(y, p):
     if halfway > next_lower:
         return float(halfway)
     return float(values[best])  # the two are neighbours in float64
+
+
+def best_f1_threshold(y, p):
+    """The highest threshold t whose decisions, 1 where p >= t, have the best F1.
+
+    ValueError if there is no positive.
+    """
+    y, p = checked(y, p, need=(1,))
+    values, true_positives, decided = counts_by_threshold(y, p)
+    f1 = 2 * true_positives / (y.sum() + decided)
+    return halfway_down(values, int(np.argmax(f1)))
 
 
 def risk_coverage(correct, confidence):
@@ -327,18 +337,23 @@ def calibrated(z, temperature, bias):
     return sigmoid(np.asarray(z) / temperature + bias)
 
 
+def clipped_logit(p):
+    """log(p / (1 - p)) of probabilities that are first clipped to [1e-7, 1 - 1e-7]."""
+    p = np.clip(p, 1e-7, 1 - 1e-7)
+    return np.log(p) - np.log1p(-p)
+
+
 def calibration_slope(y, p):
     """(slope, intercept) of a logistic regression of y on logit(p) (Cox 1958).
 
         P(y = 1) = sigmoid(slope logit(p) + intercept)
 
-    (1, 0) is ideal; a slope below 1 means that p is overconfident. p is first clipped to
-    [1e-7, 1 - 1e-7]. ValueError if a class is missing, or if one cut of p separates the classes or
-    p is constant: then there is no finite fit, or more than one.
+    (1, 0) is ideal; a slope below 1 means that p is overconfident. ValueError if a class is
+    missing, or if one cut of p separates the classes or p is constant: then there is no finite fit,
+    or more than one.
     """
     y, p = checked(y, p, need=(0, 1))
-    p = np.clip(p, 1e-7, 1 - 1e-7)
-    x = np.log(p) - np.log1p(-p)
+    x = clipped_logit(p)
     negative = x[y == 0]
     positive = x[y == 1]
     if negative.max() <= positive.min() or positive.max() <= negative.min():
@@ -361,6 +376,39 @@ def calibration_slope(y, p):
         if np.abs(step).max() <= 1e-10 * (1 + np.abs(weights).max()):
             break
     return float(weights[0]), float(weights[1])
+
+
+def calibration_intervals(y, p, groups=None):
+    """95 % intervals of slope and intercept, ((low, high), (low, high)), by group.
+
+    From the sandwich estimate of their covariance (Huber 1967; by group, Liang and Zeger 1986),
+    where u_g is the sum over a group's rows of (y - fitted) (logit(p), 1):
+
+        H^-1 (sum over groups of u_g u_g^T) H^-1
+
+    The errors are those of `calibration_slope`, and also if there is one group only.
+    """
+    slope, intercept = calibration_slope(y, p)
+    y, p = checked(y, p)
+    x = clipped_logit(p)
+    design = np.stack([x, np.ones_like(x)], axis=1)  # (N, 2)
+    fitted = sigmoid(slope * x + intercept)
+    variance = fitted * (1 - fitted)
+    hessian = (design * variance[:, None]).T @ design
+
+    number = group_numbers(groups, len(y))
+    n_groups = number.max() + 1
+    if n_groups < 2:
+        raise ValueError("all rows are of one group: their spread is unknown")
+    scores = np.zeros((n_groups, 2))
+    np.add.at(scores, number, design * (y - fitted)[:, None])
+
+    inverse = np.linalg.inv(hessian)
+    covariance = inverse @ scores.T @ scores @ inverse * n_groups / (n_groups - 1)
+    reach = student_t(independent_pairs(y, number)) * np.sqrt(np.diag(covariance))
+    low = (slope, intercept) - reach
+    high = (slope, intercept) + reach
+    return (float(low[0]), float(high[0])), (float(low[1]), float(high[1]))
 
 
 def calibrate(y, z):
@@ -406,37 +454,52 @@ def cohen_kappa(a, b):
 
 
 def best_kappa_threshold(stated, p):
-    """The threshold t, among 201 quantiles of p, where p >= t agrees best with the stated labels.
+    """The highest threshold t where p >= t agrees best with the stated labels, by kappa.
 
     ValueError if one of the labels is never stated.
     """
     stated, p = checked(stated, p, need=(0, 1))
-    thresholds = np.quantile(p, np.linspace(0, 1, 201))
-    kappas = [cohen_kappa(stated, p >= t) for t in thresholds]
-    return thresholds[np.argmax(kappas)]
+    values, true_positives, decided = counts_by_threshold(stated, p)
+    n = len(p)
+    positives = stated.sum()
+
+    true_negatives = n - decided - positives + true_positives
+    agreement = (true_positives + true_negatives) / n
+    chance = (positives * decided + (n - positives) * (n - decided)) / n**2
+    kappa = (agreement - chance) / (1 - chance)
+    return halfway_down(values, int(np.argmax(kappa)))
 
 
-def matched_kappa(stated, p, groups=None, seed=0):
-    """(cross-fitted, oracle) kappa of the stated labels and p >= t, with the best-matching t.
+def matched_kappa(stated, p, groups=None, seed=0, splits=100):
+    """The kappa of the stated labels and p >= t, with a t that is matched on other rows.
 
-    Kappa at t = .5 mostly measures whether text and p are calibrated alike; this does not.
-    Cross-fitted: each random half of the groups is decided with the t that is best on the other
-    half. Oracle: t is chosen on the rows that it decides, so this value is too high. stated and p
-    are (N,); groups as in `group_numbers`. ValueError if a half lacks one of the labels.
+    Kappa at t = .5 mostly measures whether text and p are calibrated alike; this does not. In each
+    of the random splits of the groups into halves, a half is decided with the t that is best on the
+    other half. The result is the mean over splits: a single one says little on few rows. Splits in
+    which a half lacks one of the labels do not count.
+
+    stated and p are (N,); groups as in `group_numbers`. ValueError if no split counts.
     """
     stated, p = checked(stated, p, need=(0, 1))
     number = group_numbers(groups, len(p))
-    shuffled = np.random.default_rng(seed).permutation(number.max() + 1)
-    in_half = shuffled[number] % 2 == 0
+    rng = np.random.default_rng(seed)
 
-    cross_fitted = np.empty(len(p))
-    for decided in (in_half, ~in_half):
-        others = ~decided
-        threshold = best_kappa_threshold(stated[others], p[others])
-        cross_fitted[decided] = p[decided] >= threshold
+    kappas = []
+    for _ in range(splits):
+        shuffled = rng.permutation(number.max() + 1)
+        in_half = shuffled[number] % 2 == 0
+        cross_fitted = np.empty(len(p))
+        try:
+            for decided in (in_half, ~in_half):
+                threshold = best_kappa_threshold(stated[~decided], p[~decided])
+                cross_fitted[decided] = p[decided] >= threshold
+        except ValueError:  # the half has one label only
+            continue
+        kappas.append(cohen_kappa(stated, cross_fitted))
 
-    oracle = p >= best_kappa_threshold(stated, p)
-    return cohen_kappa(stated, cross_fitted), cohen_kappa(stated, oracle)
+    if not kappas:
+        raise ValueError("no half of the groups has texts that state either label")
+    return float(np.mean(kappas))
 
 
 # --- confidence intervals -------------------------------------------------------------------------
@@ -460,20 +523,22 @@ def group_numbers(groups, n):
 
 
 def bootstrap(metrics, y, groups, draws, seed):
-    """95 % percentile intervals of several metrics, all from the same resamples of whole groups.
+    """95 % intervals of several metrics, all from the same resamples of whole groups.
 
     metrics is {name: (metric, values)} with metric(y, values) -> float and values (N, ...). Returns
-    ({name: (low, high)}, redrawn). A resample on which a metric is undefined, such as AUROC on one
-    class, is drawn again; redrawn counts these. From Efron (1979); for clusters, Field and Welsh
-    (2007). ValueError if a metric is undefined on the rows themselves.
+    ({name: (low, high)}, redrawn); None instead of the limits if all rows are of one group. A
+    resample on which a metric is undefined, such as AUROC on one class, is drawn again; redrawn
+    counts these. From Efron (1979); for clusters, Field and Welsh (2007). ValueError if a metric is
+    undefined on the rows themselves.
     """
     if draws < 1:
         raise ValueError(f"draws is {draws}, expected at least 1")
     y = np.asarray(y)
     number = group_numbers(groups, len(y))
     measures = [(metric, np.asarray(values)) for metric, values in metrics.values()]
+    on_rows = []  # raises if a metric is undefined: the loop below would never end
     for metric, values in measures:
-        metric(y, values)  # raises if undefined: the loop below would never end
+        on_rows.append(metric(y, values))
 
     # The rows of group g are by_group[end[g] - size[g] : end[g]]
     by_group = np.argsort(number, kind="stable")
@@ -496,9 +561,73 @@ def bootstrap(metrics, y, groups, draws, seed):
         except ValueError:
             redrawn += 1
 
-    low, high = np.percentile(results, (2.5, 97.5), axis=0).tolist()
-    limits = zip(low, high, strict=True)
-    return dict(zip(metrics, limits, strict=True)), redrawn
+    pairs = independent_pairs(y, number)
+    errors = np.std(results, axis=0)
+    intervals = {}
+    for name, (metric, _), value, error in zip(metrics, measures, on_rows, errors, strict=True):
+        intervals[name] = interval(metric, value, error, pairs)
+    return intervals, redrawn
+
+
+def interval(metric, value, error, pairs):
+    """(low, high), the 95 % interval of a metric's value with a standard error; None if unknown.
+
+        scale(value) -+ t scale'(value) error
+
+    The scale has no bounds: it is the logit of a share such as AUROC, and the log of a loss. So the
+    interval stays within the bounds of the metric, and reaches farther on the side that has room.
+    t is the quantile of Student's distribution with `pairs` degrees of freedom, from
+    `independent_pairs`. On small files, and near a bound, this covers the true value far more often
+    than percentiles of the resamples do (benchmarks/coverage.py).
+
+    A share of exactly 0 or 1 has no error among resamples, but the rows are not the world: if a
+    true AUROC is a, then this many independent pairs are all in order with a chance of a^pairs. The
+    limit is the a for which this chance is .025. For the other shares it is a stand-in.
+    """
+    if pairs < 1:
+        return None
+    is_share = metric in (auroc, average_precision, f1_score, accuracy)
+    is_loss = metric in (log_loss, brier, per_token)
+
+    limit = 0.025 ** (1 / pairs)
+    if is_share and value == 1:
+        return limit, 1.0
+    if is_share and value == 0:
+        return 0.0, 1 - limit
+    if error == 0:  # as of p = .5 everywhere
+        return value, value
+
+    reach = student_t(pairs) * float(error)
+    if is_share:
+        center = np.log(value) - np.log1p(-value)
+        reach = reach / (value * (1 - value))
+        return float(sigmoid(center - reach)), float(sigmoid(center + reach))
+    if is_loss:
+        factor = float(np.exp(reach / value))
+        return value / factor, value * factor
+    return value - reach, value + reach
+
+
+def independent_pairs(y, number):
+    """How many pairs of a positive and a negative row there are, if no group is used twice.
+
+    A ranking of 500 rows with five positives is known about as well as five such pairs tell. Where
+    y has one class only, it is the number of groups minus 1. number (N,): the group of each row.
+    """
+    groups = len(set(number))
+    positive = len(set(number[y == 1]))
+    negative = len(set(number[y == 0]))
+    if not positive or not negative:
+        return groups - 1
+    return min(positive, negative, groups // 2)
+
+
+def student_t(degrees):
+    """The 97.5 % quantile of Student's t (Abramowitz and Stegun 1964, 26.7.5), 1.96 at infinity.
+
+    It is .8 % too low for 3 degrees of freedom, 3 % for 2, and 24 % for 1.
+    """
+    return 1.95996 + 2.37229 / degrees + 2.82254 / degrees**2 + 2.55589 / degrees**3
 
 
 def bootstrap_ci(metric, y, p, groups=None, draws=1000, seed=0):
@@ -693,7 +822,14 @@ def score_metrics(y, p, decisions=None, *, groups=None, draws=1000, seed=0, true
     result = {}
     for name, (metric, values) in resampled.items():
         result[name] = metric(y, values)
-    result["intervals"], result["redrawn"] = bootstrap(resampled, y, groups, draws, seed)
+    intervals, result["redrawn"] = bootstrap(resampled, y, groups, draws, seed)
+    result["intervals"] = intervals
+
+    # Two perfect rankings are equal on all resamples, but each may be less than perfect elsewhere
+    both_perfect = result["auroc"] in (0, 1) and result.get("auroc_difference") == 0
+    if both_perfect and intervals["auroc"] is not None:
+        low, high = intervals["auroc"]
+        intervals["auroc_difference"] = (low - high, high - low)
 
     # Without an interval
     miscalibration, discrimination, uncertainty = corp(y, p)
@@ -706,6 +842,9 @@ def score_metrics(y, p, decisions=None, *, groups=None, draws=1000, seed=0, true
     fitted = none_if_undefined(calibration_slope, y, p)
     if fitted is not None:
         slope, intercept = fitted
+        limits = none_if_undefined(calibration_intervals, y, p, groups)
+        if limits is not None:
+            intervals["slope"], intervals["intercept"] = limits
 
     true_p_error = None
     if true_p is not None:
@@ -755,11 +894,6 @@ def text_metrics(rows, predictions, sums, file_rows, seed=0):
     p_states = p[states]
     stated_label = stated[states]
     groups = [rows[i].get("group") for i in np.flatnonzero(states)]
-    kappa_matched = None
-    kappa_oracle = None
-    matched = none_if_undefined(matched_kappa, stated_label, p_states, groups, seed)
-    if matched is not None:
-        kappa_matched, kappa_oracle = matched
 
     # If rows are left undecided: first those whose text disagrees with p, then those with p near .5
     confidence = (agrees + np.abs(p - 0.5)) / 2
@@ -776,10 +910,8 @@ def text_metrics(rows, predictions, sums, file_rows, seed=0):
         "n_explained": len(texts),
         "n_parsable": int(states.sum()),
         "auroc_alignment": none_if_undefined(auroc, stated_label, p_states),
-        "kappa": none_if_undefined(cohen_kappa, at_half[states], stated_label),
+        "kappa_matched": none_if_undefined(matched_kappa, stated_label, p_states, groups, seed),
         "kappa_all": none_if_undefined(cohen_kappa, at_half, stated),
-        "kappa_matched": kappa_matched,
-        "kappa_oracle": kappa_oracle,
         "agree_share": mean_or_none(agrees),
         "agree_accuracy": mean_or_none(correct[agrees]),
         "agree_coverage_at_95": agree_coverage_at_95,

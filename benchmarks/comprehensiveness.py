@@ -177,7 +177,8 @@ def measure(run, rows, records, args):
     result = {name: float(falls.mean()) for name, falls in values.items()}
 
     metrics = {name: (mean, falls) for name, falls in values.items()}
-    result["intervals"], _ = bootstrap(metrics, before, groups, args.draws, args.seed)
+    no_labels = np.zeros(len(groups))
+    result["intervals"], _ = bootstrap(metrics, no_labels, groups, args.draws, args.seed)
     result["rows"] = len(groups)
     result["rows_uncited"] = uncited
     result["rows_no_room"] = len(rows) - len(groups) - uncited

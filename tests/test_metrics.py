@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from scipy import stats
 from sklearn import metrics as sk
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
@@ -173,19 +174,25 @@ def test_risk_and_coverage_by_hand():
 
 
 def test_matched_kappa():
-    """Fails if a half is decided by its own threshold, if a group is parted, or if the oracle is
-    not the best cut there is."""
+    """Fails if a half is decided by its own threshold, if a group is parted, if the best cut is
+    missed, or if a single split decides."""
     rng = np.random.default_rng(0)
     for y, p in random_cases(60, seed=5):
         cuts = [mt.cohen_kappa(y, p >= t) for t in np.unique(p)]
-        kappas = mt.none_if_undefined(mt.matched_kappa, y, p)
-        assert kappas is None or kappas[1] == pytest.approx(max(cuts), abs=1e-12)
-    p, stated = rng.random((60, 20)), rng.integers(0, 2, (60, 20))  # nothing to match
-    fitted, oracle = np.mean(list(map(mt.matched_kappa, stated, p)), axis=0)
-    assert oracle > 0.15 and fitted < 0.1
+        found = mt.cohen_kappa(y, p >= mt.best_kappa_threshold(y, p))
+        assert found == pytest.approx(max(cuts), abs=1e-12)
+    p, stated = rng.random((30, 20)), rng.integers(0, 2, (30, 20))  # nothing to match
+    assert np.mean([mt.matched_kappa(*pair) for pair in zip(stated, p, strict=True)]) < 0.1
     # two groups, one threshold each: every row is decided by the other group's
     stated, p = [0, 0, 1, 1], [0.1, 0.5, 0.3, 0.9]
-    assert mt.matched_kappa(stated, p, ["a", "b", "a", "b"])[0] == 0
+    assert mt.matched_kappa(stated, p, ["a", "b", "a", "b"]) == 0
+    p = rng.random(74)
+    stated = (p + rng.normal(0, 0.4, 74) > 0.4).astype(int)
+    single, mean = ([mt.matched_kappa(stated, p, seed=seed, splits=splits) for seed in range(20)]
+                    for splits in (1, 100))
+    assert np.ptp(single) > 0.15 and np.ptp(mean) < 0.05
+    with pytest.raises(ValueError, match="no half"):
+        mt.matched_kappa([0, 1, 1, 1], [0.1, 0.2, 0.3, 0.4])
 
 
 def test_bootstrap_draws_whole_groups():
@@ -207,8 +214,8 @@ def test_bootstrap_draws_whole_groups():
 
 
 def test_bootstrap_interval():
-    """Fails if the limits are not the 2.5th and 97.5th percentile (compared with the normal one for
-    a mean), if the seed or clusters make no difference, or if one-class resamples do not count."""
+    """Fails if the limits of a mean are not its normal ones, if the seed or clusters make no
+    difference, if one-class resamples do not count, or if one group has an interval."""
     rng = np.random.default_rng(0)
     p, y = rng.random(400), rng.integers(0, 2, 400)
 
@@ -227,7 +234,64 @@ def test_bootstrap_interval():
     # (9/10)^10 = 35 % of the resamples miss the positive: about 1000 * .35 / .65 redrawn
     last = np.arange(10) == 9
     limits, redrawn = mt.bootstrap({"auroc": (mt.auroc, np.arange(10) / 9)}, last, None, 1000, 0)
-    assert 430 < redrawn < 650 and limits["auroc"] == (1.0, 1.0)
+    assert 430 < redrawn < 650 and limits["auroc"] == (0.025, 1.0)
+    assert mt.bootstrap_ci(mt.auroc, y, p, [1] * len(y), 5) is None
+
+
+@pytest.mark.parametrize("metric, value, error, pairs, low, high", [
+    # on the logit scale: .9 is 2.197, and the error .02 / (.9 * .1); t of 100 is 1.984
+    (mt.auroc, 0.9, 0.02, 100, 1 / (1 + np.exp(-2.1972 + 0.4409)),
+     1 / (1 + np.exp(-2.1972 - 0.4409))),
+    (mt.log_loss, 0.5, 0.1, 100, 0.5 / np.exp(0.3968), 0.5 * np.exp(0.3968)),
+    (max, 0.5, 0.1, 10, 0.5 - 0.2228, 0.5 + 0.2228),  # no known scale; t of 10 is 2.228
+    (mt.auroc, 0.5, 0.0, 10, 0.5, 0.5),
+    # a perfect ranking: .6915^10 = .025
+    (mt.auroc, 1.0, 0.0, 10, 0.6915, 1.0),
+    (mt.f1_score, 0.0, 0.0, 10, 0.0, 0.3085),
+])
+def test_an_interval_by_hand(metric, value, error, pairs, low, high):
+    """Fails if a scale is another, if the error is not carried to it, if t is the normal quantile,
+    or if no error among resamples passes for certainty."""
+    assert mt.interval(metric, value, error, pairs) == pytest.approx((low, high), abs=2e-4)
+
+
+def test_what_rows_say_about_a_ranking():
+    """Fails if rows of one group count more than once, or if a group is used for two pairs."""
+    for y, number, pairs in (([1, 0, 0, 0], range(4), 1), ([1, 1, 1, 0], [0, 0, 1, 2], 1),
+                             ([1, 0] * 3, [0, 0, 1, 1, 2, 2], 1), ([0] * 4, range(4), 3)):
+        assert mt.independent_pairs(np.array(y), np.array(number)) == pairs
+    for degrees, tolerance in ((2, 0.04), (3, 0.01), (10, 1e-4), (1000, 1e-5)):
+        assert mt.student_t(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=tolerance)
+
+
+def test_intervals_cover():
+    """Fails with percentiles of the resamples, or with normal limits on the scale of AUROC itself:
+    both cover .83 here."""
+    rng, covered = np.random.default_rng(0), []
+    while len(covered) < 200:
+        y = (rng.random(30) < 0.3).astype(float)
+        if 0 < y.sum() < 30:
+            p = mt.sigmoid(rng.normal(size=30) + y * np.sqrt(2) * stats.norm.ppf(0.9))
+            low, high = mt.bootstrap_ci(mt.auroc, y, p, draws=60)
+            covered.append(low <= 0.9 <= high)
+    assert 0.93 < np.mean(covered) < 1
+
+
+def test_intervals_of_slope_and_intercept():
+    """Fails if slope and intercept are swapped, or if copies of a row count as rows of their own.
+    The reference is the spread among resamples."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(1, 2, 200)
+    p, y = mt.sigmoid(1.5 * x), (rng.random(200) < mt.sigmoid(x)).astype(float)
+    drawn = [rng.integers(200, size=200) for _ in range(400)]
+    spread = np.std([mt.calibration_slope(y[rows], p[rows]) for rows in drawn], axis=0)
+    once = mt.calibration_intervals(y, p)
+    assert np.ptp(once, axis=1) / 2 / 1.98 == pytest.approx(spread, rel=0.15)
+    assert np.mean(once, axis=1) == pytest.approx(mt.calibration_slope(y, p))
+    copies = mt.calibration_intervals(np.tile(y, 4), np.tile(p, 4), list(range(200)) * 4)
+    assert np.ravel(copies) == pytest.approx(np.ravel(once), rel=0.01)
+    with pytest.raises(ValueError, match="one group"):
+        mt.calibration_intervals(y, p, ["x"] * 200)
 
 
 def test_differences_are_paired():
@@ -245,6 +309,12 @@ def test_differences_are_paired():
     assert worse["log_loss_difference"] == mt.log_loss(y, 1 - p) - mt.log_loss(y, p)
     assert worse["intervals"]["reference_nll_difference"] == pytest.approx((1, 1))
     assert "auroc_difference" not in mt.score_metrics(y, p, draws=5)
+    # two perfect rankings: each may be less than perfect on other rows
+    label = np.arange(20) % 2
+    perfect = mt.score_metrics(label, label * 0.5, draws=5, first={"auroc": label * 0.4})
+    perfect = perfect["intervals"]
+    assert perfect["auroc"] == (pytest.approx(0.6915, abs=1e-4), 1)
+    assert perfect["auroc_difference"] == pytest.approx((-0.3085, 0.3085), abs=1e-4)
     # a first scorer without reference explanations, whose --max-answer was too short for them
     lacks = mt.score_metrics(y, p, draws=5, sums=sums, first={"auroc": p, "reference_nll": None})
     assert "auroc_difference" in lacks and "reference_nll_difference" not in lacks
@@ -311,8 +381,8 @@ def test_metrics_of_a_score_and_its_texts():
     parsable = third < 2
     assert (texts["n_explained"], texts["n_parsable"], texts["parsable"]) == (60, 54, 0.9)
     assert texts["auroc_alignment"] == sk.roc_auc_score(third[parsable], p[parsable])
-    kappas = [sk.cohen_kappa_score(third[some], head[some]) for some in (parsable, slice(None))]
-    assert [texts["kappa"], texts["kappa_all"]] == pytest.approx(kappas)
+    assert texts["kappa_all"] == pytest.approx(sk.cohen_kappa_score(third, head))
+    assert texts["kappa_matched"] == mt.matched_kappa(third[parsable], p[parsable])
     assert texts["agree_share"] == (third == head).mean()
     assert texts["agree_accuracy"] == (head == y)[third == head].mean()
     assert (texts["reference_nll"], texts["base_kl"]) == (1.5, 0.75)
