@@ -9,13 +9,15 @@ brings its calibration and threshold; those of the base model are fitted on --va
 
 A run has up to three scores, called scorers, and each is measured by itself: its own p, calibrated
 ("head", or "label token" where no head was trained); the same p before calibration ("raw"); and, if
-it has a head, the probability of the label words ("label token"). metrics.py defines the metrics.
+it has a head, the probability of the label words ("label token"). The base model is also asked for
+a percentage ("stated confidence"). metrics.py defines the metrics.
 Notation: N rows, y (N,) labels, p (N,) probabilities of class 1.
 """
 
 import argparse
 import hashlib
 import json
+import re
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,7 +28,8 @@ import numpy as np
 from clsgen import CLSGen
 from data import read_rows
 from metrics import (
-    auroc, group_numbers, interval_warnings, none_if_undefined, score_metrics, text_metrics)
+    auroc, calibrated, clipped_logit, group_numbers, interval_warnings, none_if_undefined,
+    score_metrics, text_metrics)
 from plumbing.checkpoint import base_fingerprint, load_llama
 from plumbing.files import continue_job, write_atomically
 from plumbing.packed import pack
@@ -40,19 +43,53 @@ ZERO_SHOT = "zero-shot"  # the name of the base model in the results
 TABLES = {  # title: columns, by their names in eval.json
     "the probability; log loss in nats":
         "calibrated auroc average_precision log_loss brier",
-    "decisions at p >= .5, f1 at the run's threshold; the 80 % of rows with the largest |p - .5|":
+    "decisions at p >= .5, F1 at the run's threshold; the 80 % of rows with the largest |p - .5|":
         "accuracy f1_half f1 accuracy_at_80 coverage_at_95",
-    "calibration: ECE, and that of a perfect p (mean, 95 %); CORP parts; slope 1 is best":
-        "ece ece_floor ece_floor_q95 miscalibration discrimination uncertainty slope intercept "
-        "true_p_error",
+    "is p calibrated? intercept 0 and slope 1 are best; raw is before calibration; CORP parts":
+        "calibrated intercept slope ece ece_floor ece_floor_q95 miscalibration discrimination "
+        "uncertainty true_p_error",
     "does the text say what p says?":
-        "n_explained n_parsable auroc_alignment kappa kappa_all kappa_matched kappa_oracle "
-        "agree_share agree_accuracy agree_coverage_at_95",
-    "is it still a text? NLL of the reference and KL from the base model, nats a token; evidence":
+        "n_explained n_parsable auroc_alignment kappa_matched kappa_all agree_share "
+        "agree_accuracy agree_coverage_at_95",
+    "does an explanation, read alone, lead to its decision? shuffled: that of another row":
+        "n_reread reread_auroc shuffled_auroc reread_flips shuffled_flips",
+    "is it still a text? losses in nats a token; evidence":
         "parsable empty distinct_2 rep_4 reference_nll base_kl flesch evidence_recall "
         "evidence_precision evidence_invented",
+    "answers without a number from 0 to 100, which get the base rate":
+        "unreadable",
     "minus the first line's, on the same resamples":
         "auroc_difference log_loss_difference reference_nll_difference",
+}
+
+HEADINGS = {  # of the columns whose names in eval.json say too little
+    "auroc": "AUROC",
+    "f1_half": "F1 at .5",
+    "f1": "F1",
+    "ece": "calibration error",
+    "ece_floor": "of a perfect p",
+    "ece_floor_q95": "its 95 % line",
+    "true_p_error": "distance from true p",
+    "n_explained": "texts",
+    "n_parsable": "of them with a label",
+    "auroc_alignment": "alignment",
+    "kappa_matched": "kappa, best threshold",
+    "kappa_all": "kappa, all texts",
+    "agree_share": "text agrees",
+    "agree_accuracy": "accuracy if it agrees",
+    "n_reread": "texts",
+    "reread_auroc": "AUROC",
+    "shuffled_auroc": "AUROC, shuffled",
+    "reread_flips": "decisions flipped",
+    "shuffled_flips": "decisions flipped, shuffled",
+    "parsable": "states a label",
+    "distinct_2": "distinct word pairs",
+    "rep_4": "repetition",
+    "reference_nll": "reference loss",
+    "base_kl": "KL from base",
+    "flesch": "reading ease",
+    "auroc_difference": "AUROC difference",
+    "reference_nll_difference": "reference loss difference",
 }
 
 
@@ -95,6 +132,8 @@ def main(argv=None):
             comparison.compare_with(scored)
             base_rate = run.fitted.base_rate
         measured.update(comparison.measure_others(run, scored, is_fitted))
+        if name == ZERO_SHOT:
+            measured.update(comparison.measure_stated(run, scored, valid))
 
         for scorer, metrics in measured.items():
             if len(loaders) > 1:
@@ -215,13 +254,54 @@ def calibrate_zero_shot(run, valid, args):
     print(f"{ZERO_SHOT}: {sentence}")
 
 
+# --- the confidence that the base model states, as a baseline -------------------------------------
+ASK_PERCENTAGE = ('How likely is it that the answer is "{}"? '
+                  "Reply with a percentage from 0 to 100, and with nothing else.")
+
+
+def ask_percentages(run, rows, args):
+    """Has the base model say in percent how likely class 1 is: its answers, as texts.
+
+    The prompt is that of all other scores, with the instruction below the row's text.
+    """
+    settings = {**run.prompts.settings(), "max_answer": 16}
+    prompts = Prompts(args.model, **settings)
+    instruction = ASK_PERCENTAGE.format(prompts.labels[1])
+    prompts.text_after = f"\n\n{instruction}{prompts.text_after}"
+
+    asked = Run(run.model, prompts, run.fitted, run.name, has_lora=False)
+    records = asked.predict(rows, batch_size=args.batch, progress=True)
+    return [record["explanation"] for record in records]
+
+
+def read_percentage(answer):
+    """The first number from 0 to 100 in an answer, as a probability; None if there is none.
+
+    0 % and 100 % become .5 % and 99.5 %: a whole percentage is rounded, and a p of 0 or 1 would
+    make the log loss of a single wrong row infinite.
+    """
+    for number in re.findall(r"\d+(?:\.\d+)?", answer):
+        if float(number) <= 100:
+            return min(max(float(number) / 100, 0.005), 0.995)
+    return None
+
+
+def stated_confidence(answers, base_rate):
+    """(p (N,), the share of answers that cannot be read). Those get the base rate."""
+    read = [read_percentage(answer) for answer in answers]
+    p = [base_rate if value is None else value for value in read]
+    return np.array(p), float(np.mean([value is None for value in read]))
+
+
 # --- predicting, which may be stopped and continued -----------------------------------------------
 @dataclass
 class Scored:
-    """What one run says about N rows."""
+    """What one run says about N rows. The first M of them, M <= N, were asked for a text."""
 
     predictions: list  # N records
-    sums: np.ndarray  # (N, 3) its reference_sums, 0 for the rows whose text was not asked for
+    rereadings: list  # M records of the explanations, None where one is empty
+    sums: np.ndarray  # (M, 3) the run's reference_sums
+    percentages: list  # the N answers of the base model to ASK_PERCENTAGE; of a run, none
     seconds: float
 
     def column(self, key):
@@ -232,17 +312,20 @@ class Scored:
         """(N, 2) what `per_token` makes the reference NLL of; None without a reference text."""
         if not self.sums.any():
             return None
-        return self.sums[:, [0, 2]]
+        sums = np.zeros((len(self.predictions), 2))
+        sums[: len(self.sums)] = self.sums[:, [0, 2]]
+        return sums
 
 
 def score_rows(name, run, rows, args):
     """Scores all rows with one run, and has it write texts for the first --explain: Scored.
 
-    The work has three units. Their results are kept in a file of --out until all runs are done, so
-    that a stopped command continues.
+    The work has four units, and a fifth for the base model. Their results are kept in a file of
+    --out until all runs are done, so that a stopped command continues.
     """
     explained = rows[: args.explain]
     others = rows[len(explained) :]
+    done = {}  # {unit: its result}, in this order
 
     def score(unit):
         started = time.perf_counter()
@@ -254,25 +337,50 @@ def score_rows(name, run, rows, args):
             result = run.predict(
                 others, explain=False, batch_size=args.batch, progress=bool(others)
             )
-        else:  # the references
+        elif unit == "references":
             sums = run.reference_sums(explained, args.batch, progress=bool(explained))
             result = sums.tolist()
+        elif unit == "rereadings":
+            result = reread(run, done["texts"], args)
+        else:  # the percentages
+            result = ask_percentages(run, rows, args)
         return {"result": result, "seconds": time.perf_counter() - started}
 
     part = part_file(run, rows, args)
     if part.exists():
         print(f"{name}: what was scored before is kept; --overwrite scores it again")
-    units = ["texts", "probabilities", "references"]
-    texts, probabilities, references = continue_job(part, {"run": run.name}, units, score)
+    units = ["texts", "probabilities", "references", "rereadings"]
+    if name == ZERO_SHOT:
+        units.append("percentages")
 
-    sums = np.zeros((len(rows), 3))
-    if explained:
-        sums[: len(explained)] = references["result"]
+    seconds = 0.0
+    job = continue_job(part, {"run": run.name}, units, score)
+    for unit, scored in zip(units, job, strict=True):
+        done[unit] = scored["result"]
+        seconds += scored["seconds"]
     return Scored(
-        predictions=texts["result"] + probabilities["result"],
-        sums=sums,
-        seconds=texts["seconds"] + probabilities["seconds"] + references["seconds"],
+        predictions=done["texts"] + done["probabilities"],
+        rereadings=done["rereadings"],
+        sums=np.array(done["references"]).reshape(-1, 3),
+        percentages=done.get("percentages", []),
+        seconds=seconds,
     )
+
+
+def reread(run, predictions, args):
+    """Has a run read its own explanations, without the label word, each as if it were a text.
+
+    Returns their records in the same order, None where an explanation is empty.
+    """
+    explanations = [prediction["explanation"] for prediction in predictions]
+    places = [i for i, text in enumerate(explanations) if text.strip()]
+    texts = [explanations[i] for i in places]
+    found = run.predict(texts, explain=False, batch_size=args.batch, progress=bool(texts))
+
+    records = [None] * len(explanations)
+    for i, record in zip(places, found, strict=True):
+        records[i] = record
+    return records
 
 
 def part_file(run, rows, args):
@@ -365,7 +473,8 @@ class Comparison:
         texts = text_metrics(
             explained,
             scored.predictions[: len(explained)],
-            scored.sums[: len(explained)],
+            scored.rereadings,
+            scored.sums,
             self.file_rows,
             self.args.seed,
         )
@@ -388,6 +497,28 @@ class Comparison:
         if run.fitted.scorer == "head":
             others["label token"] = self.measure(scored.column("label_token_probability"))
         return others
+
+
+    def measure_stated(self, run, scored, valid):
+        """{scorer: metrics} of the confidence that the base model states.
+
+        With rows of `valid`, it is calibrated on them, as a run's p is.
+        """
+        base_rate = run.fitted.base_rate
+        raw, unreadable = stated_confidence(scored.percentages, base_rate)
+        if not valid:
+            return {"stated confidence": {**self.measure(raw), "unreadable": unreadable}}
+
+        y = [row["label"] for row in valid]
+        p, _ = stated_confidence(ask_percentages(run, valid, self.args), base_rate)
+        fitted, sentence = fit(run.fitted.scorer, y, clipped_logit(p), base_rate)
+        print(f"{ZERO_SHOT} stated confidence {sentence}")
+
+        p = calibrated(clipped_logit(raw), fitted.temperature, fitted.bias)
+        own = self.measure(p, p >= fitted.threshold)
+        own["calibrated"] = (fitted.temperature, fitted.bias) != (1.0, 0.0)
+        own["unreadable"] = unreadable
+        return {"stated confidence": own, "stated confidence raw": self.measure(raw)}
 
 
 def describe(rows):
@@ -432,7 +563,7 @@ def print_tables(columns):
             if any(key in metrics for key in keys):
                 shown[name] = metrics
         if shown:
-            print(f"\n{title}\n{table(shown, keys)}")
+            print(f"\n{title}\n{table(shown, keys, HEADINGS)}")
 
 
 def other_metrics(columns):

@@ -1,9 +1,9 @@
 """How good is a probability, how good is a text, and does the text say what the probability says?
 
 In reading order: checks; ranking (AUROC); decisions at a threshold (F1); errors of p (log loss);
-calibration (ECE, CORP, slope); agreement (kappa); confidence intervals; the text; and at the end
-the two functions that collect all metrics in one dict, `score_metrics` and `text_metrics`. Each
-function gives its definition and its source. Only numpy is needed.
+calibration (ECE, CORP, slope); agreement (kappa, rereading); confidence intervals; the text; and at
+the end the two functions that collect all metrics in one dict, `score_metrics` and `text_metrics`.
+Each function gives its definition and its source. Only numpy is needed.
 
 A new metric is one function, and one line in a table of `score_metrics` or `text_metrics`.
 
@@ -502,6 +502,31 @@ def matched_kappa(stated, p, groups=None, seed=0, splits=100):
     return float(np.mean(kappas))
 
 
+def rereading(first, second, seed=0):
+    """Does an explanation, read on its own, lead to the decision that it explains? A dict.
+
+    first: the records of N texts. second: those of their explanations without the label word, each
+    read as if it were a text. The AUROC of the second p ranks the first decisions; flips is the
+    share of decisions that change. Next to both, for comparison, the same with the explanation of
+    another row, at random.
+    """
+    decided = np.array([record["label"] for record in first])
+    decided_again = np.array([record["label"] for record in second])
+    p_again = np.array([record["probability"] for record in second])
+
+    # Every row gets the explanation of the row before it in a random order
+    order = np.random.default_rng(seed).permutation(len(decided))
+    other = np.empty_like(order)
+    other[order] = np.roll(order, 1)
+    return {
+        "n_reread": len(decided),
+        "reread_auroc": none_if_undefined(auroc, decided, p_again),
+        "shuffled_auroc": none_if_undefined(auroc, decided, p_again[other]),
+        "reread_flips": mean_or_none(decided_again != decided),
+        "shuffled_flips": mean_or_none(decided_again[other] != decided),
+    }
+
+
 # --- confidence intervals -------------------------------------------------------------------------
 def group_numbers(groups, n):
     """(n,) a number for the group of each row; a row without a group (None) is its own group.
@@ -721,27 +746,71 @@ def evidence_phrases(row):
     return {spelled(phrase) for phrase in phrases} - {" "}
 
 
-def evidence_scores(rows, texts, file_rows):
-    """(recall, precision, invented) of the evidence phrases that explanations cite, as whole words.
+def known_phrases(rows):
+    """The set of the evidence phrases of all rows, `spelled`."""
+    known = set()
+    for row in rows:
+        known |= evidence_phrases(row)
+    return known
 
-    Recall is the share of a row's own phrases that its explanation cites. An explanation may also
-    cite phrases of other rows of the file. Of all the phrases that it cites, precision is the share
-    of the row's own, and invented is the share that the row's text does not contain. Each is a mean
-    over the rows with the field `evidence` where it is defined; None if there are none.
+
+# A phrase is cited as absent if a word of the first kind stands before it in its clause, or one of
+# the second kind after it in its sentence, before the next phrase
+CLAUSE_END = re.compile(r" (?:[.,;:!?]|but|though|although|while) ")
+SENTENCE_END = re.compile(r" [.;!?] ")
+ABSENT_BEFORE = re.compile(r" (?:no|not|never|nor|neither|without|denies|denied|absence of) ")
+ABSENT_AFTER = re.compile(r" (?:absent|denies|denied|none|ruled out|not (?:present|confirmed)) ")
+
+
+def cited_phrases(text, known):
+    """The phrases of a set that a text cites, as whole words, other than as absent.
+
+    In "No heart failure. Kidney failure was ruled out, sepsis was not." and in "without sepsis"
+    none is cited. A phrase that also stands somewhere else in the text, asserted, is cited. The
+    rule is short: it takes no notice of double negation, or of a list behind a comma, as in "no
+    sepsis, no falls, heart failure".
+
+    known: `spelled` phrases.
+    """
+    text = spelled(text)
+    places = []  # (start, end) of every phrase, with one blank on each side
+    for phrase in known:
+        for match in re.finditer(f"(?={re.escape(phrase)})", text):
+            places.append((match.start(), match.start() + len(phrase)))
+
+    cited = set()
+    for start, end in places:
+        before = CLAUSE_END.split(text[: start + 1])[-1]
+        following = [other for other, _ in places if other >= end - 1]
+        next_start = min(following, default=len(text))
+        after = SENTENCE_END.split(text[end - 1 : next_start + 1])[0]
+
+        # each blank belongs to the word on either side of it
+        is_absent = ABSENT_BEFORE.search(f" {before} ") or ABSENT_AFTER.search(f" {after} ")
+        if not is_absent:
+            cited.add(text[start:end])
+    return cited
+
+
+def evidence_scores(rows, texts, file_rows):
+    """(recall, precision, invented) of the evidence phrases that explanations cite.
+
+    Recall is the share of a row's own phrases that its explanation cites, see `cited_phrases`. An
+    explanation may also cite phrases of other rows of the file. Of all the phrases that it cites,
+    precision is the share of the row's own, and invented is the share that the row's text does not
+    contain. Each is a mean over the rows with the field `evidence` where it is defined; None if
+    there are none.
 
     rows: the N rows that were explained; texts: their N explanations; file_rows: all rows.
     """
-    known = set()
-    for row in file_rows:
-        known |= evidence_phrases(row)
+    known = known_phrases(file_rows)
 
     recall = []
     precision = []
     invented = []
     for row, text in zip(rows, texts, strict=True):
-        explanation = spelled(text)
         own = evidence_phrases(row)
-        cited = {phrase for phrase in known if phrase in explanation}
+        cited = cited_phrases(text, known)
         if own:
             recall.append(len(cited & own) / len(own))
         if cited and "evidence" in row:
@@ -871,10 +940,11 @@ def score_metrics(y, p, decisions=None, *, groups=None, draws=1000, seed=0, true
 STATES_NO_LABEL = np.inf  # counts as a third label, next to 0 and 1
 
 
-def text_metrics(rows, predictions, sums, file_rows, seed=0):
+def text_metrics(rows, predictions, rereadings, sums, file_rows, seed=0):
     """All metrics of the explanations, as a dict: agreement with p, collapse, and evidence.
 
-    rows, predictions: the N rows that were explained, and their records. sums (N, 3): their
+    rows, predictions: the N rows that were explained, and their records. rereadings: for each a
+    record of its explanation, None where that is empty, see `rereading`. sums (N, 3): the rows'
     reference_sums, see `collapse`. file_rows: all rows of the file, see `evidence_scores`. A value
     is None where there is nothing to measure.
     """
@@ -895,6 +965,11 @@ def text_metrics(rows, predictions, sums, file_rows, seed=0):
     stated_label = stated[states]
     groups = [rows[i].get("group") for i in np.flatnonzero(states)]
 
+    # The rows whose explanation was read again
+    reread = [i for i, record in enumerate(rereadings) if record is not None]
+    first = [predictions[i] for i in reread]
+    second = [rereadings[i] for i in reread]
+
     # If rows are left undecided: first those whose text disagrees with p, then those with p near .5
     confidence = (agrees + np.abs(p - 0.5)) / 2
     risk = none_if_undefined(risk_coverage, correct, confidence)
@@ -912,6 +987,7 @@ def text_metrics(rows, predictions, sums, file_rows, seed=0):
         "auroc_alignment": none_if_undefined(auroc, stated_label, p_states),
         "kappa_matched": none_if_undefined(matched_kappa, stated_label, p_states, groups, seed),
         "kappa_all": none_if_undefined(cohen_kappa, at_half, stated),
+        **rereading(first, second, seed),
         "agree_share": mean_or_none(agrees),
         "agree_accuracy": mean_or_none(correct[agrees]),
         "agree_coverage_at_95": agree_coverage_at_95,

@@ -3,15 +3,22 @@
 from itertools import zip_longest
 
 
-def table(columns, keys):
+def table(columns, keys, headings=None):
     """The text of a table: a line for each name in {name: {key: value}}, a column for each key.
 
     A value stands next to its interval, {key: (low, high)} in the dict's `intervals`, if it has
-    one; a missing value is n/a. Keys are broken at "_", so that columns stay narrow.
+    one; a missing value is n/a. headings: {key: words} for the keys that say too little. Each word
+    of a heading has a line of its own, so that columns stay narrow.
     """
-    heading_parts = [key.split("_") for key in keys]
+    heading_words = []
+    for key in keys:
+        words = key.replace("_", " ")
+        if headings is not None:
+            words = headings.get(key, words)
+        heading_words.append(words.split(" "))
+
     lines = []
-    for parts in zip_longest(*heading_parts, fillvalue=""):
+    for parts in zip_longest(*heading_words, fillvalue=""):
         lines.append(["", *parts])
     for name, values in columns.items():
         cells = [cell(values, key) for key in keys]

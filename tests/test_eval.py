@@ -96,9 +96,10 @@ def test_one_command_compares(runs, rows):
     report, predictions = read(runs / "out")
     metrics, names = report["metrics"], [f"{runs}/joint head", f"{runs}/joint raw"]
     names += [f"{runs}/joint label token", f"{runs}/lm label token", f"{runs}/lm raw"]
-    assert list(metrics) == [*names, "zero-shot label token", "majority"]
-    assert [one["calibrated"] for one in metrics.values()] == [1, 0, 0, 1, 0, 0, 0]
-    for key, due in (("f1", [1, 0, 0, 1, 0, 0, 0]), ("rep_4", [1, 0, 0, 1, 0, 1, 0])):
+    names += ["zero-shot label token", "zero-shot stated confidence", "majority"]
+    assert list(metrics) == names
+    assert [one["calibrated"] for one in metrics.values()] == [1, 0, 0, 1, 0, 0, 0, 0]
+    for key, due in (("f1", [1, 0, 0, 1, 0, 0, 0, 0]), ("rep_4", [1, 0, 0, 1, 0, 1, 0, 0])):
         assert [key in one for one in metrics.values()] == due
     assert [one["run"] for one in predictions[::40]] == [
         load_run(runs / "joint").name, load_run(runs / "lm").name, "zero-shot"]
@@ -132,9 +133,9 @@ def test_a_stopped_evaluation_goes_on(runs, rows_file, tiny, tmp_path, monkeypat
     stop = True
     with pytest.raises(KeyboardInterrupt):
         ev.main(call.split())
-    # one line says what the job is, then one for each piece of work: all three of the first run's
+    # one line says what the job is, then one for each piece of work: all four of the first run's
     kept = [len(part.read_bytes().splitlines()) for part in tmp_path.glob("*.part")]
-    assert sorted(kept) == [1, 4]
+    assert sorted(kept) == [1, 5]
     stop, seen[:], other = False, [], tmp_path / "p.jsonl.part"
     other.touch()  # of predict.py, in the same folder
     ev.main((call + more).split())
@@ -185,6 +186,82 @@ def test_three_rows_of_a_class_fit_nothing_and_are_marked(runs, rows, tiny, tmp_
     assert not report["metrics"]["zero-shot label token"]["calibrated"]
 
 
+@pytest.mark.parametrize("answer, p", [
+    ("70%", 0.7), ("The probability is 12.5 percent.", 0.125), ("2024: 30", 0.3), ("5-10 %", 0.05),
+    ("0", 0.005), ("100 %", 0.995), ("150", None), ("high", None), ("", None),
+])
+def test_a_percentage_is_read(answer, p):
+    """Fails if a number above 100 counts, if a decimal is cut, or if 0 or 100 stays certain."""
+    assert ev.read_percentage(answer) == p
+
+
+def test_the_base_model_states_its_confidence(runs, rows, rows_file, tiny, tmp_path, monkeypatch):
+    """Fails if the instruction does not follow the row's text in the same frame, if what cannot be
+    read does not get the first run's base rate, or if --valid calibrates it on the test rows."""
+    prompts = []
+    predict, said = Run.predict, {}
+
+    def watched(run, rows, *args, **options):
+        records = predict(run, rows, *args, **options)
+        if run.prompts.max_answer == 16:
+            prompts.append(run.prompts)
+            for i, (row, record) in enumerate(zip(rows, records, strict=True)):
+                record["explanation"] = said.get(row["text"], ["70 %", "none"][i % 2])
+        return records
+
+    monkeypatch.setattr(Run, "predict", watched)
+    call = (f"--run {runs}/joint --model {tiny} --data {rows_file} --explain 0 --draws 5 "
+            f"--batch 40 --seed 3 --out {tmp_path}/")
+    ev.main(f"{call}a".split())
+    found = read(tmp_path / "a")[0]["metrics"]["zero-shot stated confidence"]
+    order = np.random.default_rng(3).permutation(40)
+    y = np.array([rows[i]["label"] for i in order])
+    p = np.tile([0.7, 0.4], 20)
+    assert found["unreadable"] == 0.5 and found["brier"] == pytest.approx(np.mean((p - y) ** 2))
+    ids, _ = prompts[0].prompt("It is.")
+    shown = prompts[0].tokenizer.decode(ids, skip_special_tokens=False)
+    asked = ev.ASK_PERCENTAGE.format("yes")
+    assert f"Is it bad?\n\nIt is.\n\n{asked}<|im_end|>\n<|im_start|>assistant" in shown
+
+    # validation rows on which a stated 90 % means a half, and 10 % means a sixth
+    texts = [f"valid {i}" for i in range(60)]
+    said.update({text: f"{90 - 80 * (i % 2)}" for i, text in enumerate(texts)})
+    valid = write_rows(tmp_path / "valid.jsonl", [
+        {"text": text, "label": int(i % 4 == 0 or i % 12 == 1)} for i, text in enumerate(texts)])
+    ev.main(f"{call}b --valid {valid}".split())
+    both = read(tmp_path / "b")[0]["metrics"]
+    assert both["zero-shot stated confidence raw"]["brier"] == found["brier"]
+    own = both["zero-shot stated confidence"]
+    assert (own["calibrated"], own["unreadable"], "f1" in own) == (True, 0.5, True)
+    slope = np.log(5) / (2 * np.log(9))  # log-odds of 0 and of -log 5, at -+log 9
+    logit = np.where(p == 0.7, slope * np.log(7 / 3), slope * np.log(2 / 3)) - np.log(5) / 2
+    assert own["brier"] == pytest.approx(np.mean((sigmoid(logit) - y) ** 2), abs=1e-6)
+
+
+def test_a_run_reads_its_explanations(runs, rows, rows_file, tmp_path, monkeypatch):
+    """Fails if the label word is read too, if an empty explanation is, or if records are mixed
+    up."""
+    predict = Run.predict
+
+    def short(run, rows, explain=True, **options):
+        records = predict(run, rows, explain=explain, **options)
+        if explain:
+            for i, record in enumerate(records):
+                record["explanation"] = ["", "It is bad.", " ", f"good {i}"][i % 4]
+        return records
+
+    monkeypatch.setattr(Run, "predict", short)
+    ev.main(f"--run {runs}/joint --data {rows_file} --explain 8 --draws 5 --out {tmp_path}".split())
+    metrics, records = read(tmp_path)
+    records = records[:8]
+    texts = ["It is bad.", "good 3", "It is bad.", "good 7"]
+    again = [load_run(runs / "joint").predict(text, explain=False)[0] for text in texts]
+    found = metrics["metrics"]["head"]
+    flips = [one["label"] != records[i]["label"] for one, i in zip(again, (1, 3, 5, 7),
+                                                                 strict=True)]
+    assert found["n_reread"] == 4 and found["reread_flips"] == np.mean(flips)
+
+
 def test_a_piece_of_work_is_not_done_twice(runs, rows_file, tmp_path, monkeypatch):
     """Fails if a stop between texts and probabilities loses the texts, or if what is kept counts
     without its seconds."""
@@ -205,7 +282,7 @@ def test_a_piece_of_work_is_not_done_twice(runs, rows_file, tmp_path, monkeypatc
     took = json.loads(part.read_text().splitlines()[1])["seconds"]
     stop = False
     ev.main(call)
-    assert explained == [True, False, False] and not list(tmp_path.glob("*.part"))
+    assert explained == [True, False, False, False] and not list(tmp_path.glob("*.part"))
     assert read(tmp_path)[0]["metrics"]["head"]["seconds"] > took > 0
 
 

@@ -4,9 +4,11 @@ Every test names the mutation that it would catch.
 """
 
 import json
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from scipy import stats
 from sklearn import metrics as sk
 from sklearn.isotonic import IsotonicRegression
@@ -14,6 +16,9 @@ from sklearn.linear_model import LogisticRegression
 
 import metrics as mt
 from plumbing.tables import table
+
+sys.path.insert(0, str(ROOT / "examples/discharge"))
+from generate import FRAMES  # noqa: E402
 
 EXTREMES = np.array([0.0, 1.0, 5e-324, 1e-300, 1e-16, 1 - 1e-16, 0.5, np.nextafter(0.5, 1)])
 
@@ -354,6 +359,60 @@ def test_evidence_by_hand():
     assert mt.evidence_scores([{"text": ""}], ["text"], [{}]) == (None, None, None)
 
 
+@pytest.mark.parametrize("asserting, negating", FRAMES)
+def test_a_phrase_that_is_cited_as_absent(asserting, negating):
+    """Fails if one of the notes' ways to say that something is absent is missed, or if an asserted
+    phrase passes for absent because of its neighbours."""
+    known = {mt.spelled(phrase) for phrase in ("heart failure", "sepsis", "acute heart failure")}
+    for before, after in (("", ""), ("No sepsis. ", ""), ("", " Sepsis was ruled out.")):
+        text = before + asserting.format("heart failure") + after
+        assert mt.cited_phrases(text, known) == {" heart failure "}
+        text = before + negating.format("acute heart failure") + after
+        assert mt.cited_phrases(text, known) == set()
+
+
+@pytest.mark.parametrize("text, cited", [
+    ("Without sepsis.", ""), ("Denies falls and sepsis.", ""), ("NO falls or sepsis", ""),
+    ("No falls, but sepsis.", "sepsis"), ("Falls and no sepsis.", "falls"),
+    ("Falls as present, sepsis as absent.", "falls"), ("Sepsis: none. Falls!", "falls"),
+    ("No sepsis at first. Then sepsis.", "sepsis"), ("No change; sepsis.", "sepsis"),
+    ("Sepsis was not present.", ""), ("Sepsis does not get worse.", "sepsis"),
+    ("Notable sepsis.", "sepsis"),
+])
+def test_absence_in_other_words(text, cited):
+    """Fails if absence reaches into another clause or sentence, if it is looked for on one side
+    only, if a phrase must be asserted everywhere, or if "not" is found in "notable"."""
+    found = mt.cited_phrases(text, {" sepsis ", " falls "})
+    assert " ".join(found).strip() == cited
+
+
+def test_the_notes_cite_what_they_assert():
+    """Fails if a reference explanation of the notes passes for one that cites less."""
+    rows = [json.loads(line) for line in open(ROOT / "examples/discharge/valid.jsonl")]
+    texts = [row["explanation"] for row in rows]
+    assert mt.evidence_scores(rows, texts, rows) == (1, 1, 0)
+    # ... and a text that retells the note cites just these
+    texts = [row["text"] for row in rows]
+    assert mt.evidence_scores(rows, texts, rows) == (1, 1, 0)
+
+
+def test_rereading_by_hand():
+    """Fails if the second decision is ranked, if a sign is turned, or if a row keeps its own
+    explanation in the control."""
+    first = [{"label": label} for label in (1, 1, 0, 0)]
+    second = [{"probability": p, "label": int(p >= 0.6)} for p in (0.9, 0.5, 0.1, 0.2)]
+    found = mt.rereading(first, second)
+    assert (found["n_reread"], found["reread_auroc"], found["reread_flips"]) == (4, 1, 0.25)
+    labels = np.arange(200) % 2
+    records = [{"label": label, "probability": 0.1 + 0.8 * label} for label in labels.tolist()]
+    found = mt.rereading(records, records)
+    assert (found["reread_auroc"], found["reread_flips"]) == (1, 0)
+    assert found["shuffled_auroc"] == pytest.approx(0.5, abs=0.1)
+    assert found["shuffled_flips"] == pytest.approx(0.5, abs=0.1)
+    two = mt.rereading(records[:2], records[:2])
+    assert (two["shuffled_auroc"], two["shuffled_flips"]) == (0, 1)  # each gets the other's
+
+
 def test_metrics_of_a_score_and_its_texts():
     """Fails if a value is taken from another column (decisions at .5 for those at the threshold),
     if unparsable texts leave kappa_all or agree, if a row without true p counts, or if JSON cannot
@@ -373,14 +432,17 @@ def test_metrics_of_a_score_and_its_texts():
 
     stated = [None if i % 10 == 0 else int(i % 6 != 5) for i in range(60)]
     rows = [{"text": "t", "label": label, "evidence": ["chest pain"]} for label in y.tolist()]
-    predictions = [{"probability": p, "stated_label": said, "explanation": "Chest pain."}
-                   for p, said in zip(p, stated, strict=True)]
+    predictions = [{"probability": p, "stated_label": said, "explanation": "Chest pain.",
+                    "label": int(p >= 0.5)} for p, said in zip(p, stated, strict=True)]
     sums = np.tile([6.0, 3.0, 4.0], (60, 1)) * (np.arange(60) % 2)[:, None]
-    texts = mt.text_metrics(rows, predictions, sums, rows)
+    rereadings = [{"probability": p, "label": int(p >= 0.5)} for p in p]
+    rereadings[0] = None
+    texts = mt.text_metrics(rows, predictions, rereadings, sums, rows)
     third = np.array([2 if said is None else said for said in stated])
     parsable = third < 2
     assert (texts["n_explained"], texts["n_parsable"], texts["parsable"]) == (60, 54, 0.9)
     assert texts["auroc_alignment"] == sk.roc_auc_score(third[parsable], p[parsable])
+    assert (texts["n_reread"], texts["reread_auroc"], texts["reread_flips"]) == (59, 1, 0)
     assert texts["kappa_all"] == pytest.approx(sk.cohen_kappa_score(third, head))
     assert texts["kappa_matched"] == mt.matched_kappa(third[parsable], p[parsable])
     assert texts["agree_share"] == (third == head).mean()
@@ -392,14 +454,14 @@ def test_metrics_of_a_score_and_its_texts():
 
 def test_nothing_to_measure_is_none():
     """Fails if an absent value becomes 0 or NaN instead of None (n/a in the table)."""
-    texts = mt.text_metrics([], [], np.zeros((0, 3)), [{"text": "t", "label": 0}])
+    texts = mt.text_metrics([], [], [], np.zeros((0, 3)), [{"text": "t", "label": 0}])
     assert {value for key, value in texts.items() if key[:2] != "n_"} == {None}
     one = mt.score_metrics([0, 1] * 6, np.full(12, 0.5), draws=5)
     assert one["true_p_error"] is one["slope"] is None
     shown = table({"x": one | texts, "y": {"auroc": 0.25, "calibrated": True}},
-                  ["auroc", "calibrated", "base_kl"]).split("\n")
+                  ["auroc", "calibrated", "base_kl"], {"auroc": "AUROC"}).split("\n")
     assert [line.split() for line in shown] == [
-        ["auroc", "calibrated", "base"], ["kl"], ["x", "0.500", "[0.500,", "0.500]", "n/a", "n/a"],
+        ["AUROC", "calibrated", "base"], ["kl"], ["x", "0.500", "[0.500,", "0.500]", "n/a", "n/a"],
         ["y", "0.250", "yes", "n/a"]]
 
 
