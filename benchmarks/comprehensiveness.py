@@ -3,11 +3,19 @@
     python benchmarks/comprehensiveness.py --run runs/x --data test.jsonl
 
 Reads the explanations that eval.py wrote (in --results, by default runs/x/eval/test) and writes
-comprehensiveness.json there. The words that an explanation cites are dropped from its text: by how
-much does p of the decided class fall (DeYoung et al. 2020, section 4)? And by how much does it fall
-if as many other words are dropped, at random, in spans of the same lengths?
+comprehensiveness.json there. What an explanation cites is dropped from its text: by how much does p
+of the decided class fall (DeYoung et al. 2020, section 4)?
 
-The difference does not prove a cause: a text with holes is unlike all texts that the model was
+Where rows have `evidence`, the phrases that carry weight are known, and one is dropped at a time:
+
+    cited      a phrase that the explanation cites
+    uncited    evidence that the explanation does not cite: of the same kind and weight
+    absent     a phrase that other rows have as evidence, and that this text says is absent
+
+Without `evidence`, all cited words are dropped together, and for comparison as many other words, at
+random, in spans of the same lengths.
+
+A difference does not prove a cause: a text with holes is unlike all texts that the model was
 trained on, and words depend on each other. Notation: M content words of a text.
 """
 
@@ -24,7 +32,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import read_rows  # noqa: E402
-from metrics import bootstrap  # noqa: E402
+from metrics import (  # noqa: E402
+    bootstrap, cited_phrases, evidence_phrases, known_phrases, mean_or_none, spelled)
 from plumbing.files import write_json  # noqa: E402
 from plumbing.script import refuse, run_main, versions  # noqa: E402
 from plumbing.tables import table  # noqa: E402
@@ -46,7 +55,8 @@ def main(argv=None):
         raise ValueError(f"{out} exists; give --overwrite to replace it")
 
     # the run, its explanations, and the rows that they are of
-    row_of_id = {row["id"]: row for row in read_rows(args.data)}
+    file_rows = read_rows(args.data)
+    row_of_id = {row["id"]: row for row in file_rows}
     run = load_run(args.run, args.model, args.dtype, args.device)
     records = read_explanations(results / "predictions.jsonl", run.name)
     if not records or any(record["id"] not in row_of_id for record in records):
@@ -54,7 +64,11 @@ def main(argv=None):
                          f"for rows that are not in {args.data}")
     rows = [row_of_id[record["id"]] for record in records]
 
-    result = measure(run, rows, records, args)
+    known = known_phrases(file_rows)
+    if known:
+        result = measure_phrases(run, rows, records, known, args)
+    else:
+        result = measure_words(run, rows, records, args)
     names = [name for name in result if name != "intervals"]
     print(table({str(args.run): result}, names))
 
@@ -136,8 +150,84 @@ def without(text, mask):
     return re.sub("  +", " ", text)
 
 
+# --- which phrases --------------------------------------------------------------------------------
+KINDS = ("cited", "uncited", "absent")
+
+
+def phrases_by_kind(row, explanation, known):
+    """{kind: the phrases of that kind that stand in the row's text}, from the known phrases."""
+    text = spelled(row["text"])
+    mentioned = {phrase for phrase in known if phrase in text}
+    cited = cited_phrases(explanation, known)
+    own = evidence_phrases(row)
+    return {
+        "cited": mentioned & cited,
+        "uncited": mentioned & own - cited,
+        "absent": mentioned - own - cited,
+    }
+
+
+def without_phrase(text, phrase):
+    """The text without a `spelled` phrase, wherever it stands."""
+    words = r"\s*".join(re.escape(word) for word in phrase.split())
+    text = re.sub(rf"\b{words}\b", "", text, flags=re.IGNORECASE)
+    return re.sub("  +", " ", text)
+
+
 # --- measuring ------------------------------------------------------------------------------------
-def measure(run, rows, records, args):
+def measure_phrases(run, rows, records, known, args):
+    """How far p of the decided class falls without a phrase, by its kind.
+
+    First the mean over the phrases of a kind in a row, then over the rows that have any; and how
+    much farther it falls without a cited one, over the rows that have both. With 95 % intervals by
+    group; None where no row has such a phrase.
+    """
+    texts = []
+    owners = []  # of each text: (the row's index, the kind of the phrase that it lacks)
+    for i, (row, record) in enumerate(zip(rows, records, strict=True)):
+        for kind, phrases in phrases_by_kind(row, record["explanation"], known).items():
+            for phrase in sorted(phrases):
+                texts.append(without_phrase(row["text"], phrase))
+                owners.append((i, kind))
+    if not any(kind == "cited" for _, kind in owners):
+        raise ValueError(f"nothing to drop: {len(rows)} explanations cite no evidence")
+
+    falls = {kind: [[] for _ in rows] for kind in KINDS}
+    found = run.predict(texts, explain=False, batch_size=args.batch, progress=True)
+    for (i, kind), record in zip(owners, found, strict=True):
+        fall = records[i]["probability"] - record["probability"]
+        if records[i]["probability"] < 0.5:
+            fall = -fall
+        falls[kind][i].append(fall)
+
+    # (rows,) of each kind, NaN where a row has no such phrase
+    values = {}
+    for kind in KINDS:
+        values[kind] = np.array([np.mean(some) if some else np.nan for some in falls[kind]])
+    for kind in ("uncited", "absent"):
+        values[f"cited_minus_{kind}"] = values["cited"] - values[kind]
+
+    result = {}
+    intervals = {}
+    groups = np.array([row.get("group") for row in rows], dtype=object)
+    for name, of_row in values.items():
+        there = ~np.isnan(of_row)
+        result[name] = mean_or_none(of_row[there])
+        result[f"rows_{name}"] = int(there.sum())
+        if there.any():
+            intervals.update(mean_intervals({name: of_row[there]}, groups[there].tolist(), args))
+    return {**result, "intervals": intervals}
+
+
+def mean_intervals(values, groups, args):
+    """{name: interval of the mean} of {name: (rows,)}, from the same resamples of groups."""
+    no_labels = np.zeros(len(groups))
+    metrics = {name: (mean, of_row) for name, of_row in values.items()}
+    intervals, _ = bootstrap(metrics, no_labels, groups, args.draws, args.seed)
+    return intervals
+
+
+def measure_words(run, rows, records, args):
     """The falls of p, as means over the rows with 95 % intervals by group; the rows left out."""
     rng = np.random.default_rng(args.seed)
     groups = []  # of each row that is used
@@ -176,9 +266,7 @@ def measure(run, rows, records, args):
     }
     result = {name: float(falls.mean()) for name, falls in values.items()}
 
-    metrics = {name: (mean, falls) for name, falls in values.items()}
-    no_labels = np.zeros(len(groups))
-    result["intervals"], _ = bootstrap(metrics, no_labels, groups, args.draws, args.seed)
+    result["intervals"] = mean_intervals(values, groups, args)
     result["rows"] = len(groups)
     result["rows_uncited"] = uncited
     result["rows_no_room"] = len(rows) - len(groups) - uncited

@@ -16,18 +16,21 @@ import eval as ev
 import train
 from clsgen import TARGETS, CLSGen, add_lora, base_model
 from data import read_rows
-from metrics import best_f1_threshold, calibrate, collapse, sigmoid
+from metrics import best_f1_threshold, calibrate, collapse, log_loss, sigmoid
 from model import Llama
 from plumbing.checkpoint import base_fingerprint, load_llama, read_config
 from prompts import Prompts
 from run import Fitted, Run, fit, load_run, save_run
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import calibration  # noqa: E402
 import comprehensiveness as comp  # noqa: E402
+import coverage  # noqa: E402
 import figures  # noqa: E402
 import random_llama  # noqa: E402
 import real  # noqa: E402
 import speed  # noqa: E402
+import swapped  # noqa: E402
 
 
 def test_the_threshold_is_one_of_calibrated_probabilities():
@@ -365,11 +368,119 @@ def test_comprehensiveness():
     records = [{"probability": 0.9, "explanation": "Heart failure."},
                {"probability": 0.2, "explanation": "Heart failure."},
                {"probability": 0.1, "explanation": "Calm."}] * 9
-    found = comp.measure(Fake(), rows, records, Fake)
+    found = comp.measure_words(Fake(), rows, records, Fake)
     # p .9 falls by .8, at random by 0; p .2, decided as 0, by .1 - .2, at random by .9 - .2
     falls = found["comprehensiveness"], found["random_fall"], found["difference"]
     assert falls == pytest.approx((0.35, 0.35, 0), abs=1e-12)
     assert (found["rows"], found["rows_uncited"], found["rows_no_room"]) == (18, 9, 0)
+
+
+def test_comprehensiveness_of_phrases():
+    """Fails if two phrases are dropped at once, if one that is cited as absent counts as cited, if
+    a control is of another kind, or if the fall is not of the decided class."""
+    weights = {"heart failure": 0.4, "sepsis": 0.2, "frequent falls": 0.1}
+
+    class Fake:  # as a run, and as arguments
+        seed, batch, draws = 0, 4, 20
+
+        def predict(self, texts, **_):
+            return [{"probability": sum(weight for phrase, weight in weights.items()
+                                        if phrase in text.lower())} for text in texts]
+
+    row = {"text": "Heart failure, sepsis. No frequent falls.", "evidence": ["heart failure"]}
+    both = {**row, "evidence": ["heart failure", "sepsis"]}
+    known = comp.known_phrases([both, {"evidence": ["frequent falls"]}])
+    for text, kinds in (("Heart failure.", [{"heart failure"}, {"sepsis"}, {"frequent falls"}]),
+                        ("Sepsis, no heart failure.",
+                         [{"sepsis"}, {"heart failure"}, {"frequent falls"}])):
+        found = comp.phrases_by_kind(both, text, known)
+        assert [{phrase.strip() for phrase in found[kind]} for kind in comp.KINDS] == kinds
+    assert comp.phrases_by_kind(row, "Sepsis.", known)["uncited"] == {" heart failure "}
+    assert comp.without_phrase("A Heart  failure, heart failures.", " heart failure ") == (
+        "A , heart failures.")
+
+    rows = [both, both, row]
+    records = [{"probability": 0.7, "explanation": "Heart failure."},
+               {"probability": 0.2, "explanation": "Heart failure. Sepsis."},
+               {"probability": 0.7, "explanation": "Nothing."}]
+    found = comp.measure_phrases(Fake(), rows, records, known, Fake)
+    # row 1: .7 - .3, .7 - .5, .7 - .6; row 2, decided as 0: (.3 - .2 + .5 - .2) / 2
+    assert found["cited"] == pytest.approx((0.4 + 0.2) / 2)
+    assert (found["rows_cited"], found["rows_uncited"], found["rows_absent"]) == (2, 2, 3)
+    assert found["uncited"] == pytest.approx((0.2 + 0.4) / 2)
+    assert (found["cited_minus_uncited"], found["rows_cited_minus_uncited"]) == (
+        pytest.approx(0.2), 1)
+    with pytest.raises(ValueError, match="cite no evidence"):
+        comp.measure_phrases(Fake(), rows[2:], records[2:], known, Fake)
+
+
+def test_swapped_pairs(tmp_path, capsys):
+    """Fails if p is compared with p', if a pair without a label in one text counts, if pairs are
+    matched by place, or if ids or runs that do not belong together get through."""
+    def write(name, suffix, lines, run="r"):
+        return str(write_rows(tmp_path / name, [
+            {"id": f"{i}{suffix}", "probability": p, "stated_label": stated, "run": run}
+            for i, p, stated in lines]))
+
+    pairs = write("pairs.jsonl", "", [("a", 0.9, 1), ("b", 0.2, 0), ("c", 0.6, None)])
+    turned = write("turned.jsonl", "-swapped", [("c", 0.4, 1), ("a", 0.2, 0), ("b", 0.3, 0)])
+    swapped.main([pairs, turned, "--out", str(tmp_path / "out.json")])
+    found = json.loads((tmp_path / "out.json").read_text())
+    # |.9 + .2 - 1|, |.2 + .3 - 1|, 0
+    assert found["sum_error"] == pytest.approx((0.1 + 0.5) / 3)
+    assert found["decision_flips"] == pytest.approx(2 / 3)
+    assert (found["pairs"], found["pairs_stated"], found["text_flips"]) == (3, 2, 0.5)
+    other_run = write("other.jsonl", "-swapped",
+                      [(name, 0.5, 1) for name in "abc"], run="another")
+    for wrong, reason in ((pairs, "6 have no partner"), (other_run, "2 runs")):
+        with pytest.raises(ValueError, match=reason):
+            swapped.main([pairs, wrong])
+
+
+def test_calibrations_are_compared(tmp_path, capsys):
+    """Fails if a fit is not the best one, if a prior does not pull, if rows that were fitted on
+    are scored, if groups are parted, or if a fit that there is not is taken."""
+    rng = np.random.default_rng(0)
+    logit = rng.normal(0, 2, 4000)
+    y = (rng.random(4000) < sigmoid(logit)).astype(float)
+    z = 2 * (logit - 0.5)
+    assert calibration.fit(y, z, np.inf, np.inf) == pytest.approx(
+        (1 / calibrate(y, z)[0], calibrate(y, z)[1]), rel=1e-4)
+    few = y[:50], z[:50]
+    slope, bias = calibration.fit(*few, np.inf, np.inf)
+    pulled = calibration.fit(*few, 0.01, 0.01)
+    assert abs(pulled[0] - 1) < 0.05 < abs(slope - 1) and abs(pulled[1]) < 0.05 < abs(bias)
+    assert calibration.fit(*few, np.inf, 0.0)[1] == pytest.approx(0, abs=1e-3)
+    assert calibration.fit(y, -z, np.inf, np.inf) is None
+    assert calibration.fit(np.array([0.0, 1.0]), np.array([-1.0, 1.0]), np.inf, np.inf) is None
+
+    # two groups of opposite labels: fitted on one of them, nothing helps with the other
+    labels = np.repeat([0.0, 1.0], 20)
+    losses = calibration.compare(labels, np.tile([-1.0, 1.0], 20), np.repeat([0, 1], 20), 20, 8, 0)
+    assert losses == pytest.approx(np.full((8, 6), log_loss(labels[:20], sigmoid(
+        np.tile([-1.0, 1.0], 10)))))
+
+    path = write_rows(tmp_path / "p.jsonl", [
+        {"raw_probability": p, "true_label": int(label), "run": "r", "group": None}
+        for p, label in zip(sigmoid(z[:80]), y[:80], strict=True)])
+    calibration.main([str(path), "--splits", "3", "--out", str(tmp_path / "out.json")])
+    found = json.loads((tmp_path / "out.json").read_text())["results"]
+    assert [one["rows"] for one in found] == [30] and found[0]["source"] == f"{path} r"
+    path.write_text('{"raw_probability": 0.5, "run": "r"}\n')
+    with pytest.raises(ValueError, match="true_label"):
+        calibration.main([str(path)])
+
+
+def test_coverage_is_counted(monkeypatch, capsys, tmp_path):
+    """Fails if an interval is compared with another metric's truth, or if a line is missing."""
+    monkeypatch.setattr(coverage, "SIZES", (40,))
+    monkeypatch.setattr(coverage, "AUROCS", (0.8,))
+    monkeypatch.setattr(coverage, "SHARES", (0.5,))
+    coverage.main(f"--files 15 --draws 20 --out {tmp_path}/out.json".split())
+    lines = json.loads((tmp_path / "out.json").read_text())["coverage"]
+    assert [line["grouped"] for line in lines] == [False, True]
+    assert all(line[name] > 0.6 for line in lines for name in line if name not in (
+        "rows", "grouped", "positives", "true_auroc"))
 
 
 def test_figures(runs, tmp_path, monkeypatch):
