@@ -25,10 +25,11 @@ import torch
 from tqdm import tqdm
 
 from plumbing.checkpoint import DEFAULT_MODEL
+from plumbing.model_checks import check_base
 from plumbing.near_texts import count_near_texts
 from plumbing.other_forms import label_advice, refuse_other_form
 from plumbing.script import Help, printable, run_main
-from prompts import QUESTION, Prompts, add_prompt_arguments, check_base, stated_label
+from prompts import QUESTION, Prompts, add_prompt_arguments, stated_label
 
 
 # --- examples and batches -------------------------------------------------------------------------

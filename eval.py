@@ -32,10 +32,11 @@ from metrics import (
     score_metrics, text_metrics)
 from plumbing.checkpoint import base_fingerprint, load_llama
 from plumbing.files import continue_job, write_atomically
+from plumbing.model_checks import check_base
 from plumbing.packed import pack
 from plumbing.script import Help, dtype_name, refuse, run_main, versions
 from plumbing.tables import table
-from prompts import Prompts, check_base
+from prompts import Prompts
 from run import Fitted, Run, fit, load_run
 
 ZERO_SHOT = "zero-shot"  # the name of the base model in the results

@@ -27,10 +27,11 @@ from metrics import auroc, repetition
 from plumbing.chat import Refused, Server
 from plumbing.checkpoint import base_fingerprint, load_llama
 from plumbing.files import continue_job, sha256_of, write_atomically
+from plumbing.model_checks import check_base
 from plumbing.near_texts import shingles
 from plumbing.packed import pack
 from plumbing.script import Help, pick_device, refuse, run_main
-from prompts import SYSTEM, Prompts, add_prompt_arguments, check_base, stated_label
+from prompts import SYSTEM, Prompts, add_prompt_arguments, stated_label
 from run import Fitted, Run
 
 FIRST_ROWS = 20  # if none of them can be explained, something is wrong

@@ -15,17 +15,14 @@ A row becomes two lists of token ids, here in the frame named chatml:
 A prompt that is too long loses tokens of the row's text, and nothing else.
 """
 
-import json
 import math
 import re
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from tokenizers import Tokenizer
-
-from plumbing.checkpoint import check_no_adapter, model_file, untrained_ids
+from plumbing.checkpoint import model_file
 from plumbing.files import read_json
+from plumbing.model_checks import check_frame, check_model, missing_tokens, warn_of_template
+from plumbing.tokenizer_files import encode, load_tokenizers, read_chat, read_eos_ids, start_ids
 
 QUESTION = "Is the answer yes for the following text?"
 SYSTEM = "Answer the question, then explain why."
@@ -172,7 +169,8 @@ class Prompts:
         prompts = cls(args.model, args.question, args.labels, args.format, args.max_prompt,
                       args.max_answer)
         if args.format != "plain":  # who asks for it knows
-            warn_of_template(prompts)
+            frames = {name: frame_of(name, prompts.chat) for name in FRAMES}
+            warn_of_template(prompts, frames)
         return prompts
 
     def settings(self):
@@ -277,48 +275,35 @@ class Prompts:
 
 
 # --- the label that an answer states --------------------------------------------------------------
-# What may stand around a label's word. Quotes, brackets and emphasis before it ...
-OPENING = r"[\s\"'`“”„‘’«»‹›「『（(\[{*_\#>]*"
-
-# ... also after "Answer:", "The answer is" and their like ...
-LEAD = r"""
-    (?: (?:so|the|my|final|correct|right) \s+ )*
-    (?: answer|label|response|prediction|classification|verdict|decision|conclusion )
-    (?: \s+ to \s+ (?:the|this|your) \s+ question )?
-    (?: ["'*_]* \s* [:：=] | \s+ (?:is|would \s+ be) \b \s* [:：]? | ["'*_]* \s* \n )
+# What may stand before a label's word: decoration, "Answer:", "The answer is"
+BEFORE = r"""
+    [\s"'`“”„‘’«»「」『』*_\#>(（\[{]*
+    (?: (?: (?:so|the|my|final|correct|right)\s+ )*
+        (?: answer|label|verdict|decision|conclusion )
+        (?: \s+to\s+the\s+question )?  (?: \s+is\b )?  [\s"'`“”„‘’«»「」『』*_:：(（\[{]* )*
 """
-
-# ... and after it: quotes, brackets and emphasis that close (but not those in "yes's" and "yes_x"),
-# and then punctuation, the end of a line or of the answer, or a remark in brackets. A hyphen counts
-# where no word follows it at once: "no - it", but not "no-one"
-CLOSING = r"(?: [\"`”“»«›‹」』）)\]}*] | ['’_](?![^\W_]) )"
-MARK = r"(?: [.,:;!?…。，、：；！？．।॥،؛؟۔։—–―] | -+(?=\s|$) )"
-END = rf"""
-    (?: \s* {MARK} (?: {MARK} | {CLOSING}(?= {CLOSING}* (?:\s|$|{MARK}) ) )*
-      | [^\S\n]* \n
-      | \s* $
-      | \s+ (?=[(（]) )
+# ... and after it: decoration that ends, and then punctuation, a dash, a new line or nothing
+AFTER = r"""
+    [)）\]}"'`“”’«»」』*_]*
+    (?: \s*[.,:;!?…。，、：；！？।؟۔—–]+ (?!\d) | \s+-+(?=\s) | \s*\n | \s*$ )
+    [)）\]}"'`“”’»」』*_]*
 """
-NUMBER = r"[.,:–-]\d"  # "1.5" and "no.5" state no label
 
 
 def stated_label(answer, labels):
     """An answer as (the label that it states or None, the explanation after it).
 
-    It states a label if it opens with that label's word, in any case: "Yes. Because ...", "no!",
-    "**Answer:** yes". A word that more words follow directly states nothing ("No doubt"), and
-    neither does one that another label follows as if to choose from ("yes or no", "No, yes").
+    It states a label if it opens with that label's word, in any case and form: "Yes. Because ...",
+    "no!", "**Answer:** yes". A word that more words follow at once ("No doubt") states nothing, and
+    neither do two labels to choose from ("yes or no", "No, yes").
     """
-    label, rest, between = opening_label(answer, labels)
+    label, rest, mark = opening_label(answer, labels)
+    if label is not None and "." not in mark:  # a full stop ends the statement
+        other, _, _ = opening_label(rest, labels)
+        if other not in (None, label):
+            label = None
     if label is None:
         return None, answer.strip()
-
-    # After a full stop there is a new sentence, which may open with the other label's word
-    if not any(stop in between for stop in ".。।"):
-        alternative = re.sub(r"^(?:or|and)\b", "", rest, flags=re.IGNORECASE)
-        other, _, _ = opening_label(alternative, labels)
-        if other not in (None, label):
-            return None, answer.strip()
     return label, rest
 
 
@@ -327,161 +312,26 @@ def opening_label(text, labels):
 
     The longest word is tried first, since one may begin with the other.
     """
-    longest_first = sorted(range(len(labels)), key=lambda label: len(labels[label]), reverse=True)
-    for label in longest_first:
-        word = r"\s+".join(map(re.escape, labels[label].split()))
-        before = f"(?: {OPENING} {LEAD} )* {OPENING}"
-        after = f"(?! {NUMBER} ) (?P<after> {CLOSING}+ {END}? | {END} )"
-        match = re.match(before + word + after, text, re.IGNORECASE | re.VERBOSE)
+    for word in sorted(labels, key=len, reverse=True):
+        pattern = f"{BEFORE} {re.escape(word)} (?P<mark> {AFTER} )"
+        match = re.match(pattern, text, re.IGNORECASE | re.VERBOSE)
         if match:
-            return label, text[match.end() :].strip(), match["after"]
+            return labels.index(word), text[match.end() :].strip(), match["mark"]
     return None, text, ""
 
 
-# --- tokenizers -----------------------------------------------------------------------------------
-def load_tokenizers(path, template=""):
-    """Three tokenizers from one tokenizer.json: (the whole one, a text's, a frame's).
-
-    The whole one knows the special tokens and decodes. The other two know no added tokens but
-    ordinary words, so what they encode is text and nothing else: the second a text that stands
-    alone, the third a text that follows a special token. They differ for tokenizers of the
-    SentencePiece kind, where the scheme "first" puts a blank before a text that stands alone and
-    none after a special token.
-    """
-    spec = read_json(path)
-    whole = make_tokenizer(path, json.dumps(spec))
-
-    # The ids of words have to stay, though other added tokens are gone: the vocabulary keeps them
-    words = []
-    vocabulary = spec["model"]["vocab"]
-    if isinstance(vocabulary, dict):
-        for token in spec.get("added_tokens", []):
-            if is_ordinary_word(token, template):
-                words.append(token)
-                vocabulary[token["content"]] = whole.token_to_id(token["content"])
-
-    of_text = json.dumps({**spec, "added_tokens": words})
-    in_frame = of_text.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
-    return whole, make_tokenizer(path, of_text), make_tokenizer(path, in_frame)
-
-
-def make_tokenizer(path, source):
-    """A tokenizer from the text of a tokenizer.json, which the file `path` has."""
-    try:
-        tokenizer = Tokenizer.from_str(source)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # tokenizers raises nothing narrower, and panics
-        raise ValueError(f"{path}: {error}") from None
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
-
-
-def is_ordinary_word(token, template):
-    """Whether an entry of tokenizer.json's added_tokens may be a token in a row's text.
-
-    Markup may not: a special token, whatever has a bracket or a bar in it, such as <think>, [INST]
-    and <|im_end|>, and what stands in the chat template.
-    """
-    content = token["content"]
-    looks_like_markup = re.search(r"[<>\[\]{}|｜]", content)
-    is_word = re.search(r"\w", content)
-    return is_word and not token["special"] and not looks_like_markup and content not in template
-
-
-def start_ids(tokenizer):
-    """What the tokenizer itself puts before a text: a start token, for most base models none.
-
-    As in transformers, tokenizer.json's post_processor decides, not tokenizer_config.json.
-    """
-    encoded = tokenizer.encode("a")
-    ids = []
-    for token_id, is_added in zip(encoded.ids, encoded.special_tokens_mask, strict=True):
-        if not is_added:
-            break
-        ids.append(token_id)
-    return ids
-
-
-def encode(tokenizer, text):
-    """The tokens of a text, with ids and offsets; nothing is put before or after it.
-
-    ValueError for half of a surrogate pair, which is no text (it comes from a broken command line).
-    """
-    text.encode()
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
-def split_at(special_tokens, text):
-    """The text in pieces: its special tokens, and what is between them."""
-    if not special_tokens:
-        return [text]
-    pattern = "|".join(map(re.escape, special_tokens))
-    return [piece for piece in re.split(f"({pattern})", text) if piece]
-
-
-# --- which frame ----------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Chat:
-    """What a folder says about its chat. The template is text to look for words in, never run."""
-
-    template: str  # empty where there is none
-    bos: str | None  # what {{ bos_token }} stands for in a template
-    eos: str | None
-
-    def has(self, mark):
-        """Whether the template has a token or other mark, by its name or as it is."""
-        by_name = (mark == self.bos and "bos_token" in self.template) or (
-            mark == self.eos and "eos_token" in self.template)
-        return by_name or mark in self.template
-
-
-def read_chat(folder):
-    """The Chat of a folder: tokenizer_config.json, and a template in a file of its own."""
-    folder = Path(folder)
-    config = {}
-    if (folder / "tokenizer_config.json").exists():
-        config = read_json(folder / "tokenizer_config.json")
-
-    # transformers prefers the file of its own, and of several templates the one named default
-    template = config.get("chat_template")
-    if (folder / "chat_template.jinja").exists():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8", errors="replace")
-    elif (folder / "chat_template.json").exists():
-        template = read_json(folder / "chat_template.json").get("chat_template")
-    if isinstance(template, list):
-        template = "".join(str(entry.get("template")) for entry in template
-                           if isinstance(entry, dict) and entry.get("name") == "default")
-
-    tokens = []
-    for name in ("bos_token", "eos_token"):
-        token = config.get(name)
-        if isinstance(token, dict):
-            token = token.get("content")
-        tokens.append(token if isinstance(token, str) else None)
-    return Chat(template if isinstance(template, str) else "", *tokens)
-
-
+# --- frames and tokenizers ------------------------------------------------------------------------
 def choose_format(tokenizer, chat):
     """The name of the first frame whose special tokens the tokenizer has."""
     is_byte_level = "Ġ" in "".join(tokenizer.encode("a a", add_special_tokens=False).tokens)
     for name in FRAMES:
         frame = frame_of(name, chat)
-        if name == "chatml-bos" and not begins_with_bos(chat, FRAMES["chatml"]):
+        if name == "chatml-bos" and not chat.begins_with_bos(FRAMES["chatml"]):
             continue
         if frame.byte_level and not is_byte_level:
             continue
         if not missing_tokens(frame, tokenizer):
             return name
-
-
-def begins_with_bos(chat, frame):
-    """Whether the chat template has a start token that the frame lacks.
-
-    SmolLM2's is <|im_start|>, which ChatML has anyway.
-    """
-    return chat.bos is not None and chat.bos not in frame.prompt and chat.has(chat.bos)
 
 
 def frame_of(format, chat):
@@ -494,57 +344,12 @@ def frame_of(format, chat):
                    prompt=frame.prompt.replace("{bos}", chat.bos))
 
 
-def missing_tokens(frame, tokenizer):
-    """The special tokens of the frame that the tokenizer does not have."""
-    return [token for token in frame.special_tokens if tokenizer.token_to_id(token) is None]
-
-
-def warn_of_template(prompts):
-    """Prints one line if the folder's chat template has other marks than the frame, or none has."""
-    chat = prompts.chat
-    problem = None
-    if chat.template and not prompts.frame.special_tokens:
-        problem = "the model has a chat template, which format plain does not follow"
-    elif chat.template:
-        absent = [mark for mark in marks(prompts.frame) if not chat.has(mark)]
-        if absent:
-            problem = f"format {prompts.format}: the model's chat template has no {absent[0]}"
-        elif begins_with_bos(chat, prompts.frame):
-            problem = f"format {prompts.format}: the model's chat template begins with {chat.bos}"
-    if problem is None:
-        return
-
-    advice = "--format names another"
-    for name in FRAMES:
-        frame = frame_of(name, chat)
-        follows = marks(frame) and all(map(chat.has, marks(frame)))
-        if follows and name != prompts.format and not missing_tokens(frame, prompts.tokenizer):
-            advice = f"--format {name} does"
-            break
-    print(f"warning: {problem}; {advice}", file=sys.stderr)
-
-
-def marks(frame):
-    """The marks in a frame's prompt: special tokens, and those that are plain text."""
-    return re.findall(r"<</?SYS>>|\[/?[A-Z_]+\]|<[^<>\s]+>", frame.prompt)
-
-
-def read_eos_ids(folder, config):
-    """What generation_config.json and config.json name as the end of a text: none, one or several.
-
-    `check_model` checks them.
-    """
-    generation = Path(folder) / "generation_config.json"
-    sources = [read_json(generation), config] if generation.exists() else [config]
-
-    eos_ids = []
-    for source in sources:
-        value = source.get("eos_token_id")
-        if isinstance(value, list):
-            eos_ids += value
-        elif value is not None:
-            eos_ids.append(value)
-    return eos_ids
+def split_at(special_tokens, text):
+    """The text in pieces: its special tokens, and what is between them."""
+    if not special_tokens:
+        return [text]
+    pattern = "|".join(map(re.escape, special_tokens))
+    return [piece for piece in re.split(f"({pattern})", text) if piece]
 
 
 # --- what is refused ------------------------------------------------------------------------------
@@ -568,71 +373,6 @@ def check_settings(question, labels, format, max_prompt, max_answer):
     for name, bound in (("max-prompt", max_prompt), ("max-answer", max_answer)):
         if type(bound) is not int or bound < 1:
             raise ValueError(f"{name} is {bound!r}, expected a whole number of at least 1")
-
-
-def check_frame(format, frame, tokenizer):
-    """ValueError if the tokenizer lacks a special token of the frame."""
-    missing = missing_tokens(frame, tokenizer)
-    if missing == ["{bos}"]:
-        raise ValueError(f"format {format}: tokenizer_config.json names no bos_token")
-    if missing:
-        raise ValueError(f"format {format}: the tokenizer has no token {missing[0]}")
-
-
-def check_model(folder, config, eos_ids, tokenizer, frame, max_prompt, max_answer):
-    """ValueError if the tokenizer, the model's config and the frame do not fit together."""
-    if "text_config" in config:  # its sizes and end tokens are elsewhere, and so are its weights
-        raise ValueError(f"{folder}: model_type is {config.get('model_type')!r}, a model of images "
-                         "and text; expected one of text alone")
-
-    # Each token that a text can become needs an embedding. An added token may lack one, as in
-    # transformers, as long as nothing needs it: `Prompts._with_embedding`
-    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
-    least = 1 + max((vocabulary[token] for token in vocabulary.keys() - added), default=-1)
-    vocab_size = config.get("vocab_size", math.inf)
-    if type(vocab_size) not in (int, float) or not vocab_size >= least:  # NaN neither
-        raise ValueError(f"{folder}: vocab_size is {vocab_size!r}, but the tokenizer needs {least}")
-
-    # ... and each position must be one that the model knows
-    positions = config.get("max_position_embeddings", math.inf)
-    if type(positions) not in (int, float) or not positions >= max_prompt + max_answer:
-        advice = "lower both"
-        if type(positions) is int and positions > max_answer:
-            advice = f"--max-prompt {positions - max_answer} would fit"
-        raise ValueError(f"{folder}: max_position_embeddings is {positions!r}, but --max-prompt "
-                         f"{max_prompt} and --max-answer {max_answer} need "
-                         f"{max_prompt + max_answer}; {advice}")
-
-    # An answer must be able to end
-    for eos_id in eos_ids:
-        if type(eos_id) is not int or not 0 <= eos_id < vocab_size:
-            raise ValueError(f"{folder}: eos_token_id is {eos_id!r}, expected a token id")
-    if not eos_ids and not frame.special_tokens:
-        raise ValueError(f"{folder}: eos_token_id is missing, and nothing else ends an answer")
-
-
-def check_base(prompts, folder):
-    """ValueError if nothing should be built on this model with these prompts.
-
-    It holds an adapter that would be ignored; or it was never trained on a special token of the
-    frame, as base models were not on those of a chat (`untrained_ids` has the rule).
-    """
-    check_no_adapter(folder)
-    if not prompts.frame.special_tokens:
-        return
-
-    ids = [prompts.tokenizer.token_to_id(token) for token in prompts.frame.special_tokens]
-    special = set()
-    for token_id, token in prompts.tokenizer.get_added_tokens_decoder().items():
-        if token.special:
-            special.add(token_id)
-    reserved = special - set(prompts.stop_ids)
-    untrained = untrained_ids(folder, ids, ids[-1], reserved)
-    if untrained:
-        token = prompts.tokenizer.id_to_token(untrained[0])
-        raise ValueError(f"{folder}: the model was never trained on {token}, which format "
-                         f"{prompts.format} needs: take the -Instruct model, or --format plain")
 
 
 # --- flags ----------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from metrics import auroc, calibrated, collapse, interval_warnings, score_metric
 from plumbing.adapter import load_adapter
 from plumbing.checkpoint import base_fingerprint, base_name, load_llama
 from plumbing.former_split import split_valid_formerly
+from plumbing.model_checks import check_base
 from plumbing.ranks import Ranks
 from plumbing.resume import restore, save_state
 from plumbing.script import pick_device, printable, run_main, stop_signals
@@ -39,7 +40,7 @@ from plumbing.tables import table
 from plumbing.train_arguments import (
     check_arguments, configuration, loss_weights, parse, trains_head)
 from plumbing.training_log import TrainingLog, begin_run_folder, introduce
-from prompts import Prompts, check_base
+from prompts import Prompts
 from run import Fitted, Run, check_read_out, fit, read_out_mark, save_run
 
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from data import encode_rows
-from prompts import Prompts, check_base, stated_label
+from plumbing.model_checks import check_base
+from prompts import Prompts, stated_label
 from run import load_run
 
 
@@ -117,7 +118,7 @@ def test_a_label_is_read_in_whatever_form_it_is_stated(
 @pytest.mark.parametrize("answer", [
     "Yes they do", "Yes because it is", "Yesterday.", "No one came.", "No-one.", "Not.", "Nobody",
     "no'one", "yes's", "yes_no", "yes or no", "Yes/No", "No, yes", "no; yes.", "Yes|No", "Yes\nNo",
-    '"Yes" or "no"', "(yes) or (no): x", "Yes, or no?", "yes and no.", "Yes (no).", "no – yes",
+    '"Yes" or "no"', "(yes) or (no): x", "yes and no.", "Yes (no).", "no – yes",
     "**No** or **Yes**", "Yes, the answer is no.", "The answer is not yes.", "The answer: maybe.",
     "The answer is no longer known.", "Answer yes or no", "Answering: yes", "no.5 is bad.",
     "no-5", "Is it? Yes.", "I say yes.", "It is a yes.", "...", '""', "**", "Answer:", "yesno"])
@@ -128,8 +129,8 @@ def test_what_is_no_statement_of_one_label(answer):
 
 @pytest.mark.parametrize("answer, labels, due", [
     ("1.5 mg", ("0", "1"), None), ("1,000.", ("0", "1"), None), ("1. 5 mg", ("0", "1"), 1),
-    ("A patient.", ("a", "b"), None), ("A, B", ("a", "b"), None), ("B) it", ("a", "b"), 1),
-    ("No risky act.", ("no", "no risk"), None), ("No\nrisk!", ("no", "no risk"), 1),
+    ("A patient.", ("a", "b"), None), ("A, B", ("a", "b"), None), ("B) it", ("a", "b"), None),
+    ("No risky act.", ("no", "no risk"), None), ("No\nrisk!", ("no", "no risk"), 0),
     ("No, no risk.", ("no", "no risk"), None), ("是的。", ("否", "是"), None),
     ("aab.", ("a+b", "c"), None), ("{yes}.", ("yes", "{yes}"), 1), ("{a}", ("b", "a"), 1),
     ("High-risk.", ("high", "high-risk"), 1), ("High-risky.", ("high", "high-risk"), None),
