@@ -1,0 +1,109 @@
+"""Do a model's folder, its tokenizer and a frame fit together? What does not is refused here."""
+
+import math
+import re
+import sys
+
+from plumbing.checkpoint import check_no_adapter, untrained_ids
+
+
+def missing_tokens(frame, tokenizer):
+    """The special tokens of the frame that the tokenizer does not have."""
+    return [token for token in frame.special_tokens if tokenizer.token_to_id(token) is None]
+
+
+def check_frame(format, frame, tokenizer):
+    """ValueError if the tokenizer lacks a special token of the frame."""
+    missing = missing_tokens(frame, tokenizer)
+    if missing == ["{bos}"]:
+        raise ValueError(f"format {format}: tokenizer_config.json names no bos_token")
+    if missing:
+        raise ValueError(f"format {format}: the tokenizer has no token {missing[0]}")
+
+
+def check_model(folder, config, eos_ids, tokenizer, frame, max_prompt, max_answer):
+    """ValueError if the tokenizer, the model's config and the frame do not fit together."""
+    if "text_config" in config:  # its sizes and end tokens are elsewhere, and so are its weights
+        raise ValueError(f"{folder}: model_type is {config.get('model_type')!r}, a model of images "
+                         "and text; expected one of text alone")
+
+    # Each token that a text can become needs an embedding. An added token may lack one, as in
+    # transformers, as long as nothing needs it: `Prompts._with_embedding`
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+    least = 1 + max((vocabulary[token] for token in vocabulary.keys() - added), default=-1)
+    vocab_size = config.get("vocab_size", math.inf)
+    if type(vocab_size) not in (int, float) or not vocab_size >= least:  # NaN neither
+        raise ValueError(f"{folder}: vocab_size is {vocab_size!r}, but the tokenizer needs {least}")
+
+    # ... and each position must be one that the model knows
+    positions = config.get("max_position_embeddings", math.inf)
+    if type(positions) not in (int, float) or not positions >= max_prompt + max_answer:
+        advice = "lower both"
+        if type(positions) is int and positions > max_answer:
+            advice = f"--max-prompt {positions - max_answer} would fit"
+        raise ValueError(f"{folder}: max_position_embeddings is {positions!r}, but --max-prompt "
+                         f"{max_prompt} and --max-answer {max_answer} need "
+                         f"{max_prompt + max_answer}; {advice}")
+
+    # An answer must be able to end
+    for eos_id in eos_ids:
+        if type(eos_id) is not int or not 0 <= eos_id < vocab_size:
+            raise ValueError(f"{folder}: eos_token_id is {eos_id!r}, expected a token id")
+    if not eos_ids and not frame.special_tokens:
+        raise ValueError(f"{folder}: eos_token_id is missing, and nothing else ends an answer")
+
+
+def check_base(prompts, folder):
+    """ValueError if nothing should be built on this model with these prompts.
+
+    It holds an adapter that would be ignored; or it was never trained on a special token of the
+    frame, as base models were not on those of a chat (`untrained_ids` has the rule).
+    """
+    check_no_adapter(folder)
+    if not prompts.frame.special_tokens:
+        return
+
+    ids = [prompts.tokenizer.token_to_id(token) for token in prompts.frame.special_tokens]
+    special = set()
+    for token_id, token in prompts.tokenizer.get_added_tokens_decoder().items():
+        if token.special:
+            special.add(token_id)
+    reserved = special - set(prompts.stop_ids)
+    untrained = untrained_ids(folder, ids, ids[-1], reserved)
+    if untrained:
+        token = prompts.tokenizer.id_to_token(untrained[0])
+        raise ValueError(f"{folder}: the model was never trained on {token}, which format "
+                         f"{prompts.format} needs: take the -Instruct model, or --format plain")
+
+
+def warn_of_template(prompts, frames):
+    """Prints one line if the folder's chat template has other marks than the frame of the prompts.
+
+    frames: all there are, {name: frame}; the line names one that follows the template.
+    """
+    chat = prompts.chat
+    problem = None
+    if chat.template and not prompts.frame.special_tokens:
+        problem = "the model has a chat template, which format plain does not follow"
+    elif chat.template:
+        absent = [mark for mark in marks(prompts.frame) if not chat.has(mark)]
+        if absent:
+            problem = f"format {prompts.format}: the model's chat template has no {absent[0]}"
+        elif chat.begins_with_bos(prompts.frame):
+            problem = f"format {prompts.format}: the model's chat template begins with {chat.bos}"
+    if problem is None:
+        return
+
+    advice = "--format names another"
+    for name, frame in frames.items():
+        follows = marks(frame) and all(map(chat.has, marks(frame)))
+        if follows and name != prompts.format and not missing_tokens(frame, prompts.tokenizer):
+            advice = f"--format {name} does"
+            break
+    print(f"warning: {problem}; {advice}", file=sys.stderr)
+
+
+def marks(frame):
+    """The marks in a frame's prompt: special tokens, and those that are plain text."""
+    return re.findall(r"<</?SYS>>|\[/?[A-Z_]+\]|<[^<>\s]+>", frame.prompt)
