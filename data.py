@@ -12,12 +12,9 @@ Notation: B rows, T tokens of the longest row, A answer tokens of the whole batc
 
 import argparse
 import json
-import math
 import re
 from collections import Counter
 from dataclasses import dataclass
-from difflib import get_close_matches
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +22,13 @@ import torch
 from tqdm import tqdm
 
 from plumbing.checkpoint import DEFAULT_MODEL
+from plumbing.field_names import likely_field, name_unknown_fields, unknown_fields
 from plumbing.model_checks import check_base
 from plumbing.near_texts import count_near_texts
 from plumbing.other_forms import label_advice, refuse_other_form
+from plumbing.remarks import LineNumber, count_shared, print_remarks, warn_of_default_question
 from plumbing.script import Help, printable, run_main
-from prompts import QUESTION, Prompts, add_prompt_arguments, stated_label
+from prompts import Prompts, add_prompt_arguments
 
 
 # --- examples and batches -------------------------------------------------------------------------
@@ -144,10 +143,6 @@ def collate(examples, device="cpu"):
 
 
 # --- rows -----------------------------------------------------------------------------------------
-class LineNumber(int):
-    """The id of a row that the file gives none: the number of its line, which is not its name."""
-
-
 def read_rows(path, labels=True):
     """The rows of a JSON Lines file, as dicts with the known fields only.
 
@@ -186,7 +181,7 @@ def read_rows(path, labels=True):
             if first != number:
                 raise ValueError(f"id {row['id']!r} is in line {first} already")
             rows.append(row)
-            unknown.update(unknown_fields(raw))
+            unknown.update(unknown_fields(raw, FIELDS))
         except ValueError as error:
             problems.append(f"{path}:{number}: {error}")
 
@@ -333,235 +328,6 @@ FIELDS = {  # name: (whether a value fits, what is expected)
     # kept, so that explain.py can be run on its own output
     "explanation_source": (is_anything, "anything"),
 }
-
-
-COMMON_NAMES = {  # what others call a field
-    "text": ("sentence", "content", "input", "document", "note", "passage", "abstract"),
-    "label": ("class", "target", "outcome", "y"),
-    "explanation": ("rationale", "reason", "reasoning", "justification", "explain", "why"),
-    "id": ("uid", "guid", "index", "key", "row_id"),
-    "group": ("group_id", "patient", "patient_id", "subject", "subject_id", "document_id"),
-    "probability": ("prob", "p", "true_p"),
-    "evidence": ("highlights", "spans"),
-}
-
-
-@lru_cache
-def likely_field(name):
-    """The known field that an unknown one seems to be, or None.
-
-    It has another common name, or it is misspelt.
-    """
-    name = name.strip().lower()
-    for field, others in COMMON_NAMES.items():
-        if name in others:
-            return field
-    close = get_close_matches(name, FIELDS, n=1, cutoff=0.8)
-    return close[0] if close else None
-
-
-def unknown_fields(raw):
-    """The fields of an object that nothing reads: (name, the known field that it seems to be).
-
-    The second is None if nothing is like it, or if the object has that field too.
-    """
-    found = []
-    for name in raw.keys() - FIELDS.keys():
-        likely = likely_field(name)
-        found.append((name, None if likely in raw else likely))
-    return found
-
-
-def name_unknown_fields(path, unknown):
-    """Prints one line on the fields that nothing reads, {(name, likely field): rows}, if any."""
-    shown = []
-    for (name, likely), count in unknown.most_common(10):
-        meant = f"; is {likely} meant?" if likely else ""
-        shown.append(f"{name[:60]!r} ({count} rows{meant})")
-    if len(unknown) > 10:
-        shown.append(f"{len(unknown) - 10} more")
-    if shown:
-        print(f"warning: {path}: fields that nothing reads: {', '.join(shown)}")
-
-
-# --- validation rows ------------------------------------------------------------------------------
-def split_valid(rows, fraction, seed):
-    """The rows as (train, valid). Whole groups, so that valid comes nearest to the fraction.
-
-    What counts is the rows of each class, so that both classes keep their share as far as groups
-    allow. A row without a group is a group of its own. The groups are tried in random orders, and
-    the order that comes nearest is kept.
-
-    ValueError if no choice gives both sides both classes, and valid between half and twice the rows
-    that it should have.
-    """
-    groups = {}
-    for index, row in enumerate(rows):
-        key = row.get("group", ("row", index))
-        groups.setdefault(key, []).append(row)
-    groups = list(groups.values())
-
-    # pairs: (rows of class 0, rows of class 1)
-    sizes = [count_classes(group) for group in groups]
-    totals = count_classes(rows)
-    wanted = [min(max(1, fraction * total), total - 1) for total in totals]
-
-    best = None
-    least = math.inf
-    rng = np.random.default_rng(seed)
-    for _ in range(100):
-        order = rng.permutation(len(groups)).tolist()
-        chosen = choose_groups(sizes, order, wanted)
-        counts = count_classes(row for index in chosen for row in groups[index])
-
-        has_both = all(0 < count < total for count, total in zip(counts, totals, strict=True))
-        fits = sum(wanted) / 2 <= sum(counts) <= 2 * sum(wanted)
-        distance = math.dist(counts, wanted)
-        if has_both and fits and distance < least:
-            best = chosen
-            least = distance
-        if least < 0.75:  # half a row in each class: no choice comes nearer
-            break
-
-    if best is None:
-        raise ValueError(f"--valid-fraction {fraction}: {why_no_split(groups, wanted)}; "
-                         f"give --valid, or another --valid-fraction")
-    valid = [row for index in best for row in groups[index]]
-    left = set(range(len(groups))) - set(best)
-    train = [row for index in sorted(left) for row in groups[index]]
-    return train, valid
-
-
-def choose_groups(sizes, order, wanted):
-    """The numbers of the groups that are taken in this order: the first, and what brings us nearer.
-
-    sizes: (rows of class 0, rows of class 1) of each group; wanted: of all that are taken.
-    """
-    chosen = []
-    zeros = 0
-    ones = 0
-    distance = math.inf
-    for index in order:
-        if zeros >= wanted[0] and ones >= wanted[1]:
-            break
-        more_zeros = zeros + sizes[index][0]
-        more_ones = ones + sizes[index][1]
-        new_distance = math.dist((more_zeros, more_ones), wanted)
-        if new_distance <= distance:
-            chosen.append(index)
-            zeros = more_zeros
-            ones = more_ones
-            distance = new_distance
-    return chosen
-
-
-def count_classes(rows):
-    """(rows of class 0, rows of class 1)."""
-    counts = [0, 0]
-    for row in rows:
-        counts[row["label"]] += 1
-    return counts
-
-
-def why_no_split(groups, wanted):
-    """Why no choice of whole groups can be the validation rows, as a phrase."""
-
-    def named(group):
-        if "group" not in group[0]:
-            return f"row {group[0]['id']!r}"
-        return f"group {group[0]['group']!r} ({len(group)} rows)"
-
-    for label in (0, 1):
-        holders = [group for group in groups if count_classes(group)[label]]
-        if len(holders) == 1:
-            return (f"one side would have one class only, since all rows of label {label} are in "
-                    f"{named(holders[0])}")
-
-    least = math.ceil(sum(wanted) / 2)
-    most = math.floor(2 * sum(wanted))
-    return (f"no choice of whole groups takes {least} to {most} rows for validation, with both "
-            f"classes on both sides; the largest is {named(max(groups, key=len))}")
-
-
-# --- what is odd about the data -------------------------------------------------------------------
-def print_remarks(path, rows, prompts):
-    """Prints a warning for each odd thing about the rows of a file, as train.py and data.py do."""
-    for sentence in remarks(rows, prompts):
-        print(f"warning: {path}: {printable(sentence)}")
-
-
-def remarks(rows, prompts):
-    """What is odd about rows that can be read: a list of sentences."""
-
-    def some(odd_rows):
-        counts = count_classes(odd_rows)
-        ids = ", ".join(repr(row["id"]) for row in odd_rows[:3])
-        return (f"{len(odd_rows)} rows ({counts[1]} {prompts.word(1)}, {counts[0]} "
-                f"{prompts.word(0)}; the first: {ids})")
-
-    found = []
-
-    # explanations
-    totals = count_classes(rows)
-    explained = count_classes(row for row in rows if "explanation" in row)
-    for label in (0, 1):
-        if explained[label] == 0 and explained[1 - label] > 0:
-            found.append(f"none of the {totals[label]} {prompts.word(label)} rows has an "
-                         f"explanation, but {explained[1 - label]} of the {totals[1 - label]} "
-                         f"{prompts.word(1 - label)} rows have one")
-
-    against = contradicting_rows(rows, prompts.labels)
-    if against:
-        found.append(f"the explanation states the other label in {some(against)}, "
-                     f"as {against[0]['explanation'][:60]!r}")
-
-    twice = [row for row in rows if stated_by(row, prompts.labels) == row["label"]]
-    if twice:
-        answer = f"{prompts.word(twice[0]['label'])}. {twice[0]['explanation']}"
-        found.append(f"the explanation opens with its own label word in {some(twice)}; training "
-                     f"puts the word before it once more: {answer[:60]!r}")
-
-    # texts
-    labels_of = {}
-    for row in rows:
-        labels_of.setdefault(row["text"], set()).add(row["label"])
-    torn = [row for row in rows if len(labels_of[row["text"]]) == 2]
-    if torn:
-        found.append(f"the same text has both labels in {some(torn)}")
-    return found
-
-
-def contradicting_rows(rows, labels):
-    """The rows whose explanation opens with the other label's word: "No. It is bad." for yes."""
-    return [row for row in rows if stated_by(row, labels) == 1 - row["label"]]
-
-
-def stated_by(row, labels):
-    """The label that a row's explanation states by itself, or None."""
-    return stated_label(row.get("explanation", ""), labels)[0]
-
-
-def warn_of_default_question(question):
-    """Prints a warning if nobody has said what is asked about the texts."""
-    if question == QUESTION:
-        print(f"warning: the question is the default one, {QUESTION!r}; --question sets yours")
-
-
-def count_shared(train, test):
-    """How many test rows share their group, id or text with a training row: {name: count}.
-
-    A line's number is not an id: two rows of one line number have nothing in common.
-    """
-    counts = {}
-    for name in ("group", "id", "text"):
-        known = {str(row[name]) for row in train if is_given(row, name)}  # 5 and "5" are the same
-        counts[name] = sum(is_given(row, name) and str(row[name]) in known for row in test)
-    return counts
-
-
-def is_given(row, name):
-    """Whether the file gives this field of a row."""
-    return name in row and not isinstance(row[name], LineNumber)
 
 
 # --- looking at the data --------------------------------------------------------------------------

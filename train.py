@@ -25,17 +25,17 @@ import numpy as np
 import torch
 
 from clsgen import CLSGen, add_lora, joint_loss, label_loss, total_loss
-from data import (
-    collate, contradicting_rows, count_shared, encode_rows, print_remarks, read_rows, split_valid,
-    warn_of_default_question)
+from data import collate, encode_rows, read_rows
 from metrics import auroc, calibrated, collapse, interval_warnings, score_metrics, sigmoid
 from plumbing.adapter import load_adapter
 from plumbing.checkpoint import base_fingerprint, base_name, load_llama
-from plumbing.former_split import split_valid_formerly
 from plumbing.model_checks import check_base
 from plumbing.ranks import Ranks
+from plumbing.remarks import (
+    contradicting_rows, count_shared, print_remarks, warn_of_default_question)
 from plumbing.resume import restore, save_state
 from plumbing.script import pick_device, printable, run_main, stop_signals
+from plumbing.split import split_valid, split_valid_formerly
 from plumbing.tables import table
 from plumbing.train_arguments import (
     check_arguments, configuration, loss_weights, parse, trains_head)

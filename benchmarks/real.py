@@ -33,12 +33,13 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from data import read_rows, split_valid  # noqa: E402
+from data import read_rows  # noqa: E402
 from metrics import none_if_undefined, score_metrics  # noqa: E402
 from plumbing.checkpoint import DEFAULT_MODEL  # noqa: E402
 from plumbing.files import read_json, write_atomically, write_json  # noqa: E402
 from plumbing.resume import STATE  # noqa: E402
 from plumbing.script import run_main, stop_signals, versions  # noqa: E402
+from plumbing.split import split_valid  # noqa: E402
 
 
 # --- what is run ----------------------------------------------------------------------------------

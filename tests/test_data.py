@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from data import Example, collate, encode_rows, main, read_rows, remarks, show, split_valid
-from plumbing.former_split import split_valid_formerly
+from data import Example, collate, encode_rows, main, read_rows, show
 from plumbing.near_texts import count_near_texts
+from plumbing.remarks import remarks
 from plumbing.script import printable
+from plumbing.split import split_valid, split_valid_formerly
 from prompts import Prompts
 
 GOOD = {"text": "a text", "label": 1}

@@ -16,8 +16,9 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from clsgen import TARGETS
 from plumbing.adapter import read_adapter_config
 from plumbing.checkpoint import read_config
+from plumbing.model_checks import warn_of_template
 from plumbing.train_arguments import parse
-from prompts import SYSTEM, Prompts, encode, warn_of_template
+from prompts import FRAMES, SYSTEM, Prompts, encode, frame_of
 from run import load_run
 from train import main as train
 
@@ -169,7 +170,7 @@ def test_the_frame_is_the_models_own_chat_template(name, tmp_path, capsys):
     file = str(tmp_path / "tokenizer.json")
     theirs = PreTrainedTokenizerFast(tokenizer_file=file, chat_template=template, bos_token=bos)
     prompts = Prompts(tmp_path, question="Will it rain?", format=flag)
-    warn_of_template(prompts)
+    warn_of_template(prompts, {name: frame_of(name, prompts.chat) for name in FRAMES})
     assert capsys.readouterr().err == ""
     for text in ("the day was long", "two\n lines\n\n  and 12 blanks", "(é 中", "▁ is no blank"):
         messages = [{"role": "system", "content": SYSTEM},
