@@ -561,5 +561,6 @@ def test_two_processes_take_the_step_that_one_takes(tiny, rows_file, tmp_path):
     assert (stopped / STATE).exists() and not (stopped / "clsgen.json").exists()
     assert start("--resume", stopped, module=torchrun).communicate()
     assert_same_run(stopped, outs[1])
+    unfinish(stopped)
     with pytest.raises(ValueError, match="ranks was 2, is 1"):
         main(["--resume", str(stopped)])
