@@ -513,7 +513,7 @@ class Comparison:
         y = [row["label"] for row in valid]
         p, _ = stated_confidence(ask_percentages(run, valid, self.args), base_rate)
         fitted, sentence = fit(run.fitted.scorer, y, clipped_logit(p), base_rate)
-        print(f"{ZERO_SHOT} stated confidence {sentence}")
+        print(f"{ZERO_SHOT} stated confidence: {sentence}")
 
         p = calibrated(clipped_logit(raw), fitted.temperature, fitted.bias)
         own = self.measure(p, p >= fitted.threshold)

@@ -40,6 +40,7 @@ from plumbing.files import read_json, write_atomically, write_json  # noqa: E402
 from plumbing.resume import STATE  # noqa: E402
 from plumbing.script import run_main, stop_signals, versions  # noqa: E402
 from plumbing.split import split_valid  # noqa: E402
+from swapped import compare  # noqa: E402
 
 
 # --- what is run ----------------------------------------------------------------------------------
@@ -83,6 +84,7 @@ BASELINES = "baselines"  # majority and bags of words
 ZERO_SHOT = "zero-shot"  # the base model: its label token, and the confidence that it states
 
 FIRST_SETS = ("notes", "esnli")
+UNUSED = 1000  # rows at most that are neither trained, calibrated nor tested on
 
 
 @dataclass
@@ -144,33 +146,54 @@ def main(argv=None):
 # --- rows -----------------------------------------------------------------------------------------
 def rows_path(name, split, args):
     """Where the rows of a split lie that all systems see."""
-    if name == "notes":
+    if name == "notes" and split in ("train", "valid", "test"):
         return Path("examples/discharge") / f"{split}.jsonl"
     return args.work / f"{name}-{split}.jsonl"
 
 
 def prepare(name, args):
-    """Writes the rows of a data set for all systems, the same bytes each time."""
+    """Writes the rows of a data set for all systems, the same bytes each time.
+
+    Those that no system uses are for the choice of a calibration (benchmarks/calibration.py).
+    """
     if name == "notes":
+        rows = fresh_notes(args)
+        write_rows(rows_path(name, "unused", args), rows)
         return
     folder = args.folder / name
     about = SETS[name]
     test = read_rows(folder / "test.jsonl")
     train, valid = split_valid(read_rows(folder / "train.jsonl"), about.valid_share, seed=0)
+    splits = {"train": train, "valid": valid, "test": test}
     if about.rows is not None:
         order = np.random.default_rng(0).permutation(len(train))
-        train = [train[i] for i in order[: about.rows]]
-
-    splits = {"train": train, "valid": valid, "test": test}
+        splits["train"] = [train[i] for i in order[: about.rows]]
+        left = order[about.rows :][:UNUSED]
+        if len(left) > 0:
+            splits["unused"] = [train[i] for i in left]
     if (folder / "test_swapped.jsonl").exists():
         splits["swapped"] = read_rows(folder / "test_swapped.jsonl")
     for split, rows in splits.items():
-        lines = []
-        for row in rows:
-            if name == "clinifact":  # it has no explanations
-                row = {**row, "explanation": conclusion(row["text"])}
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-        write_atomically(rows_path(name, split, args), "".join(lines))
+        if name == "clinifact":  # it has no explanations
+            rows = [{**row, "explanation": conclusion(row["text"])} for row in rows]
+        write_rows(rows_path(name, split, args), rows)
+
+
+def fresh_notes(args):
+    """Notes that are in none of the three files, drawn with another seed."""
+    out = args.work / "fresh-notes"
+    command = [sys.executable, "examples/discharge/generate.py", "--seed", "31", "--out", str(out)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    used = set()
+    for split in ("train", "valid", "test"):
+        used.update(row["text"] for row in read_rows(rows_path("notes", split, args)))
+    fresh = [row for row in read_rows(out / "train.jsonl") if row["text"] not in used]
+    return fresh[:UNUSED]
+
+
+def write_rows(path, rows):
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    write_atomically(path, "".join(lines))
 
 
 def conclusion(text):
@@ -257,8 +280,11 @@ def steps_of(job, args):
 
     # the rows that are not test rows: their numbers alone
     predict = ["predict.py", "--run", run]
-    out = folder / "valid.jsonl"
-    steps.append(Step("valid", [*predict, "--data", valid, "--no-explain", "--out", out], out))
+    for name in ("valid", "unused"):
+        rows = rows_path(job.data, name, args)
+        out = folder / f"{name}.jsonl"
+        if rows.exists():
+            steps.append(Step(name, [*predict, "--data", rows, "--no-explain", "--out", out], out))
     if swapped.exists():
         out = folder / "swapped.jsonl"
         steps.append(Step("swapped", [*predict, "--data", swapped, "--out", out], out))
@@ -454,14 +480,15 @@ def model_numbers(job, args):
         for key in ("scorer", "calibration", "threshold", "base_rate"):
             numbers[key] = about[key]
         numbers["last_validation"] = last_validation(folder / "run")
-        valid_rows = read_lines(folder / "valid.jsonl")
-        numbers["valid"] = columns(valid_rows)
+        for name in ("valid", "unused"):
+            if (folder / f"{name}.jsonl").exists():
+                numbers[name] = columns(read_lines(folder / f"{name}.jsonl"))
 
     numbers["test"] = columns(predictions, is_test=True)
     numbers["unseen_groups"] = unseen(job, predictions, args)
     if (folder / "swapped.jsonl").exists():
         swapped = read_lines(folder / "swapped.jsonl")
-        numbers["swapped"] = compare_swapped(predictions, swapped)
+        numbers["swapped"] = swapped_numbers(predictions, swapped)
     return numbers
 
 
@@ -546,30 +573,16 @@ def unseen(job, predictions, args):
     return {"n": len(rows), "metrics": none_if_undefined(measure, y, p)}
 
 
-def compare_swapped(predictions, swapped):
-    """How a run answers to pairs in the other order, which should make p become 1 - p.
+def swapped_numbers(predictions, swapped):
+    """How a run answers to pairs in the other order, with the rows' numbers in file order."""
+    numbers = compare(by_id(predictions), by_id(swapped))
+    numbers["z"] = [logit(one["raw_probability"]) for one in swapped]
+    numbers["stated"] = [one["stated_label"] for one in swapped]
+    return numbers
 
-    The rows meet by their ids, "x" and "x-swapped". Decisions are those at the run's threshold.
-    """
-    of_id = {one["id"]: one for one in swapped}
-    others = [of_id[f"{one['id']}-swapped"] for one in predictions]
-    pairs = list(zip(predictions, others, strict=True))
 
-    sums = []
-    flips = []
-    text_flips = []
-    for one, other in pairs:
-        sums.append(one["probability"] + other["probability"])
-        flips.append(one["label"] != other["label"])
-        stated = {one["stated_label"], other["stated_label"]}
-        text_flips.append(stated == {0, 1})
-    return {
-        "distance_from_one": float(np.mean(np.abs(np.array(sums) - 1))),
-        "decision_flips": float(np.mean(flips)),
-        "text_flips": float(np.mean(text_flips)),
-        "z": [logit(other["raw_probability"]) for other in others],
-        "stated": [other["stated_label"] for other in others],
-    }
+def by_id(records):
+    return {one["id"]: one for one in records}
 
 
 def last_validation(run):

@@ -262,7 +262,7 @@ def print_apart(results):
         swapped = result.get("swapped")
         if swapped:
             print(f"\n{title}: swapped pairs: mean |p + p' - 1| "
-                  f"{number(swapped['distance_from_one'])}, decisions that flip "
+                  f"{number(swapped['sum_error'])}, decisions that flip "
                   f"{number(swapped['decision_flips'])}, texts that change sides "
                   f"{number(swapped['text_flips'])}")
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import real  # noqa: E402
 import result_tables  # noqa: E402
 
-SETS = {"comve": real.DataSet("Is it bad?", 40, seeds=1, max_answer=64, rows=24, valid_share=0.4)}
+SETS = {"comve": real.DataSet("Is it bad?", 40, seeds=1, max_answer=64, rows=20, valid_share=0.4)}
 TRAINED = {
     "lm-only-words": "--cls-weight 0 --label-loss words --rank 2",
     "clsgen-label-words": "--head-start label-words --rank 2",
@@ -112,7 +112,7 @@ def check_result(path, folder):
     result = json.loads(path.read_text())
     assert path.stat().st_size < 150_000
     assert (result["seed"], result["system"]) == (0, "clsgen-label-words")
-    assert set(result["costs"]) == {"train", "eval", "valid", "swapped"}
+    assert set(result["costs"]) == {"train", "eval", "valid", "unused", "swapped"}
     train = result["costs"]["train"]
     assert "--seed 0" in train["command"] and train["seconds"] > 0
     assert len(train["commit"].split()[0]) == 40
@@ -129,6 +129,7 @@ def check_result(path, folder):
 
     valid = (folder / "work" / "comve-valid.jsonl").read_text().splitlines()
     assert result["valid"]["id"] == [json.loads(line)["id"] for line in valid]
+    assert len(result["unused"]["z"]) == 4
     assert result["unseen_groups"]["n"] == 34
     assert len(result["swapped"]["z"]) == 40
 
