@@ -10,7 +10,6 @@ every check is kept. No row is dropped: one without an explanation still trains 
 import argparse
 import hashlib
 import json
-import os
 import re
 import unicodedata
 from collections import Counter
@@ -18,21 +17,17 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from clsgen import CLSGen, choose_token
-from data import encode_rows, read_rows
+from data import read_rows
 from metrics import auroc, repetition
-from plumbing.chat import Refused, Server
-from plumbing.checkpoint import base_fingerprint, load_llama
+from plumbing.chat import Refused
+from plumbing.checkpoint import base_fingerprint
 from plumbing.files import continue_job, sha256_of, write_atomically
-from plumbing.model_checks import check_base
-from plumbing.near_texts import shingles
-from plumbing.packed import pack
-from plumbing.script import Help, pick_device, refuse, run_main
-from prompts import SYSTEM, Prompts, add_prompt_arguments, stated_label
-from run import Fitted, Run
+from plumbing.near_texts import UNSPACED, shingles
+from plumbing.script import Help, refuse, run_main
+from plumbing.teachers import LocalTeacher, ServerTeacher, key_of
+from prompts import SYSTEM, add_prompt_arguments, stated_label
 
 FIRST_ROWS = 20  # if none of them can be explained, something is wrong
 MOST_REFUSED = 5  # rows in a row that a server may refuse
@@ -251,13 +246,8 @@ def failed_checks(text, row, args):
     return failed
 
 
-# Scripts that have no blanks between words: Thai and Lao, Burmese, Khmer, Japanese and Chinese
-NO_BLANKS = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uf900-\ufaff"
-    "\U00020000-\U0003ffff"
-)
 HANGUL = "\uac00-\ud7af"
-WORD = re.compile(rf"[{NO_BLANKS}]|[^\s{NO_BLANKS}、。，！？：；「」『』（）]+")
+WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}、。，！？：；「」『』（）]+")
 
 
 def words(text):
@@ -272,12 +262,12 @@ def stems(text):
     Korean, whose words change their ends, each two neighbouring characters count as a word.
     """
     found = set()
-    for pair in re.findall(rf"(?=([{NO_BLANKS}{HANGUL}]{{2}}))", text):
+    for pair in re.findall(rf"(?=([{UNSPACED}{HANGUL}]{{2}}))", text):
         found.add(pair)
 
     # letters with their accents and vowel signs
     letters = ""
-    for character in re.sub(rf"[{NO_BLANKS}{HANGUL}]", " ", text.lower()):
+    for character in re.sub(rf"[{UNSPACED}{HANGUL}]", " ", text.lower()):
         letters += character if unicodedata.category(character)[0] in "LM" else " "
     for word in letters.split():
         if len(word) >= 4:
@@ -289,129 +279,6 @@ def numbers(text):
     """The numbers in a text as floats: "1,000" is 1000, "64." is 64."""
     text = re.sub(r"(?<=\d),(?=\d{3})", "", text)
     return set(map(float, re.findall(r"\d*\.?\d+", text)))
-
-
-# --- teachers: each writes texts, and scores them -------------------------------------------------
-class LocalTeacher:
-    """A model folder as the teacher."""
-
-    def __init__(self, args):
-        prompts = Prompts.from_arguments(args)
-        check_base(prompts, args.model)
-        dtype, device = pick_device(args.dtype, None)
-        llama = pack(load_llama(args.model, dtype, device))
-        by_label_words = Fitted(scorer="label_token")  # it has no score head to ask
-        self.run = Run(CLSGen(llama), prompts, by_label_words, has_lora=False)
-        self.args = args
-
-    def write(self, texts, seeds):
-        """What it says to each text below the question, drawn with that text's own seed.
-
-        None where the bound on tokens came before it said anything.
-        """
-        prompts = self.run.prompts
-        temperature = self.args.temperature
-        top_p = self.args.top_p
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-
-        def choose(logits):  # each row by its own draws, whatever else is in the batch
-            tokens = []
-            for row, generator in zip(logits, generators, strict=True):
-                tokens.append(choose_token(row[None], temperature, top_p, generator))
-            return torch.cat(tokens)
-
-        examples = encode_rows([{"id": None, "text": text} for text in texts], prompts)
-        reading = self.run.read(examples)
-        steps = list(self.run.write(reading, choose=choose))  # of (B,) each
-
-        answers = []
-        for ids in torch.stack(steps, dim=1).tolist():
-            said = [token for token in ids if token not in prompts.stop_ids]
-            # A special token in the middle must show: the check "markup" is to find it
-            answer = prompts.tokenizer.decode(said, skip_special_tokens=False)
-            answers.append(what_it_says(answer, cut_off=len(said) == len(ids)))
-        return answers
-
-    def score(self, texts):
-        """The label-token score of each text below the question: p of class 1."""
-        records = self.run.predict(texts, explain=False, batch_size=self.args.batch)
-        return [record["probability"] for record in records]
-
-
-class ServerTeacher:
-    """The same from a server that speaks OpenAI's protocol."""
-
-    def __init__(self, args):
-        self.args = args
-        self.server = Server(args.endpoint, key_of(args), args.timeout, args.retries)
-
-    def write(self, texts, seeds):
-        """What it says to each text below the question; None as from a `LocalTeacher`."""
-        answers = []
-        for text, seed in zip(texts, seeds, strict=True):
-            answers.append(self.ask(text, self.args.temperature, seed))
-        return answers
-
-    def score(self, texts):
-        """1 or 0 for the label that it states, .5 where it states none: a server tells no p."""
-        no, yes = self.args.labels
-        scores = []
-        for text in texts:
-            asked = f'{text}\n\nAnswer with one word, "{no}" or "{yes}".'
-            answer = self.ask(asked, 0, self.args.seed)
-            label, _ = stated_label(answer or "", self.args.labels)
-            scores.append(0.5 if label is None else float(label))
-        return scores
-
-    def ask(self, text, temperature, seed):
-        """One answer to a text below the question, as `write` gives it.
-
-        ValueError if there is none, of the kind Refused if it is for this text alone.
-        """
-        args = self.args
-        half = 2 * args.max_prompt  # in characters: a token has about four
-        if len(text) > 2 * half:
-            text = f"{text[:half]} ... {text[-half:]}"
-
-        body = {
-            "model": args.teacher,
-            "messages": [
-                {"role": "system", "content": SYSTEM},
-                {"role": "user", "content": f"{args.question}\n\n{text}"},
-            ],
-            "max_tokens": args.max_answer,
-            "temperature": temperature,
-            "top_p": args.top_p,
-            "seed": seed,
-        }
-        answer, cut_off = self.server.complete(body)
-        return what_it_says(answer, cut_off)
-
-
-# How models mark where their thinking begins, and where it is over
-THINKING = re.compile(
-    r"<(?:think|thinking|thought|reasoning)>|\[THINK\]|◁think▷|<\|START_THINKING\|>"
-    r"|<\|channel\|>analysis",
-    re.IGNORECASE,
-)
-THOUGHT = re.compile(
-    r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>"
-    r"|<\|channel\|>final<\|message\|>",
-    re.IGNORECASE,
-)
-
-
-def what_it_says(answer, cut_off):
-    """An answer without the thinking before it, and without bold.
-
-    A thought that does not end says nothing. None if nothing is said because it was cut off.
-    """
-    said = THOUGHT.split(answer)[-1]
-    said = THINKING.split(said)[0]
-    said = said.replace("**", "").strip()
-    if cut_off and not said:
-        return None
-    return said
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -626,11 +493,6 @@ def counts(counter):
 
 
 # --- arguments ------------------------------------------------------------------------------------
-def key_of(args):
-    """The key for the endpoint, from the environment variable that --key-env names; else ""."""
-    return os.environ.get(args.key_env or "", "").strip()
-
-
 def check_arguments(args):
     """ValueError names everything that is wrong with the arguments; nothing was done before it."""
     problems = []

@@ -59,7 +59,7 @@ def hashes(text, common):
 # Characters of scripts without blanks between words: Thai, Lao, Tibetan, Burmese, Khmer, Japanese,
 # Chinese. Each is a unit of its own.
 UNSPACED = (
-    "\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\u0e00-\u109f\u1780-\u17ff\u3005\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U00020000-\U0003ffff"
 )
 UNIT = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")

@@ -17,10 +17,10 @@ from conftest import ROOT, write_rows
 
 from data import read_rows
 from explain import (
-    FIRST_ROWS, LocalTeacher, argues_from_the_text, failed_checks, main, stems, task, what_it_says,
-    words)
+    FIRST_ROWS, argues_from_the_text, failed_checks, main, stems, task, words)
 from plumbing.chat import is_this_machine
 from plumbing.script import printable
+from plumbing.teachers import LocalTeacher, what_it_says
 from prompts import stated_label
 
 ROW = {"id": 1, "label": 1, "text": "Mary, 64, came with severe heart failure; <b>alert</b>."}
@@ -551,9 +551,10 @@ def test_a_local_teachers_draws_depend_on_seed_row_and_try(tiny, tmp_path, capsy
     main(arguments)
     assert out.read_text() == whole and not part.exists()
 
-    monkeypatch.setattr("explain.choose_token", lambda logits, *_: torch.tensor([1]))
+    monkeypatch.setattr("plumbing.teachers.choose_token", lambda logits, *_: torch.tensor([1]))
     args = Namespace(model=tiny, question="?", labels=["no", "yes"], format=None, max_prompt=99,
                      max_answer=3, dtype="float32", temperature=1, top_p=1)
     assert LocalTeacher(args).write(["a"], [0]) == ["<|im_start|>" * 3]
-    monkeypatch.setattr("explain.choose_token", lambda logits, *_: torch.tensor([3]))  # <think>
+    # only <think>
+    monkeypatch.setattr("plumbing.teachers.choose_token", lambda logits, *_: torch.tensor([3]))
     assert LocalTeacher(args).write(["a"], [0]) == [None]
