@@ -45,7 +45,7 @@ def test_lora_equals_peft(tiny, targets):
             names.pop(short).copy_(parameter)
     assert not names
     ids = torch.arange(3, 40)[None]
-    torch.testing.assert_close(ours.logits(ours(ids)), theirs(ids).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.logits(ours(ids)), theirs(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("ids, first", [

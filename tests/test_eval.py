@@ -15,7 +15,6 @@ from conftest import ROOT, write_rows
 import eval as ev
 import train
 from clsgen import TARGETS, CLSGen, add_lora, base_model
-from data import read_rows
 from metrics import best_f1_threshold, calibrate, collapse, log_loss, sigmoid
 from model import Llama
 from plumbing.checkpoint import base_fingerprint, load_llama, read_config
@@ -28,7 +27,6 @@ import comprehensiveness as comp  # noqa: E402
 import coverage  # noqa: E402
 import figures  # noqa: E402
 import random_llama  # noqa: E402
-import real  # noqa: E402
 import speed  # noqa: E402
 import swapped  # noqa: E402
 
@@ -496,53 +494,6 @@ def test_figures(runs, tmp_path, monkeypatch):
         "reliability.png", "roc.png", "risk_coverage.png"}
     with pytest.raises(ValueError, match="--overwrite"):
         figures.main(call)
-
-
-def test_real_results(tiny, rows, tmp_path, monkeypatch, capsys):
-    """Fails if a scorer is missing, if test or validation rows are trained on, if work that is done
-    is done again, if a stopped training starts anew, if another LM weight's results replace the
-    default's, or if a sweep reports other numbers."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setitem(real.DATA, "tiny", {
-        "question": "Is it bad?", "held": 0.3, "rows": 20,
-        "flags": "--epochs 2 --valid-every 1 --max-answer 12 --rank 2"})
-    for name, part in (("train", rows), ("valid", rows[::-1])):
-        write_rows(tmp_path / f"{name}.jsonl", [
-            row | {"id": f"{name} {row['id']}", "explanation": "Bad."} for row in part])
-    work = tmp_path / "work"
-    call = f"tiny --folder {tmp_path} --model {tiny} --work {work} --out {tmp_path}".split()
-    real.main(call)
-    shown, report = capsys.readouterr().out, json.loads((tmp_path / "real_tiny.json").read_text())
-    due = [f"{work}/tiny-1 head", f"{work}/tiny-cls head", f"{work}/tiny-lm label token",
-           "zero-shot label token", "majority", *real.NGRAMS]
-    assert set(due) <= report["metrics"].keys() and report["n"] == 40
-    assert report["metrics"]["zero-shot label token"]["f1"] and "| CLSGen | " in shown
-    parts = [{row["id"] for row in read_rows(work / f"tiny-{part}.jsonl")}
-             for part in ("train", "valid", "test")]
-    assert [len(part) for part in parts] == [20, 12, 40] and len(set.union(*parts)) == 72
-
-    stopped, weights = work / "tiny-cls.cost.json", work / "tiny-cls" / "adapter_model.safetensors"
-    stopped.write_text(json.dumps({"seconds": 1000.0, "peak_memory_gb": 0.0, "status": 1}))
-    before, took = weights.read_bytes(), report["costs"]
-    real.main(call)
-    again = json.loads((tmp_path / "real_tiny.json").read_text())["costs"]
-    assert again["cls"]["seconds"] > 1000 and "--resume" in capsys.readouterr().out
-    assert again == took | {"cls": again["cls"]}  # the others were not run again
-    assert weights.read_bytes() == before
-
-    real.main([*call, "--weight", "3"])
-    assert f"{work}/tiny-3 head" in json.loads(
-        (tmp_path / "real_tiny_weight3.json").read_text())["metrics"]
-    assert json.loads((tmp_path / "real_tiny.json").read_text())["costs"] == again
-
-    real.main([*call, "--sweep", "1"])  # only reads: all is there
-    swept = json.loads((tmp_path / "real_tiny_sweep.json").read_text())
-    lines = (work / "tiny-1" / "log.jsonl").read_text().splitlines()
-    assert swept["validation"]["1"] == json.loads(lines[-1])["valid"]
-    assert swept["validation"]["lm"]["lm"] > 0 and swept["validation"]["lm"]["auroc"] is None
-    assert "| LM-only |  |  | " in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        real.main([*call, "--sweep", "-1"])
 
 
 def test_random_llama(tiny, tmp_path, monkeypatch):

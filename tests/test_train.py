@@ -228,7 +228,7 @@ def test_evaluation_of_a_run_end_to_end(trained, rows_file, capsys):
     command = ["--run", str(trained), "--data", str(rows_file), "--draws", "50", "--explain", "8"]
     evaluation.main(command)
     out = capsys.readouterr().out
-    assert "auroc" in out and "majority" in out and "label token" in out
+    assert "AUROC" in out and "majority" in out and "label token" in out
     report = json.loads((trained / "eval" / rows_file.stem / "eval.json").read_text())
     assert report["n"] == 40 and report["metrics"]["head"]["n_explained"] == 8
     lines = (trained / "eval" / rows_file.stem / "predictions.jsonl").read_text().splitlines()
