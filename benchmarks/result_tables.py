@@ -219,7 +219,8 @@ def print_systems(data, systems, draws, results):
         if stated is not None:
             cells = [TITLES["zero-shot stated confidence"], "1"]
             for name in ("auroc", "log_loss"):
-                cells.append(with_interval(stated[name], *stated["intervals"][name]))
+                limits = stated["intervals"][name] or (None, None)
+                cells.append(with_interval(stated[name], *limits))
             print_line(*cells, "", "", "")
 
 
@@ -257,8 +258,9 @@ def print_apart(results):
         unseen = result.get("unseen_groups")
         if unseen and unseen["metrics"]:
             found = unseen["metrics"]
+            limits = found["intervals"]["auroc"] or (None, None)  # None: all are of one group
             print(f"\n{title}: {unseen['n']} rows of groups that training has not seen: AUROC "
-                  f"{with_interval(found['auroc'], *found['intervals']['auroc'])}")
+                  f"{with_interval(found['auroc'], *limits)}")
         swapped = result.get("swapped")
         if swapped:
             print(f"\n{title}: swapped pairs: mean |p + p' - 1| "
@@ -276,7 +278,7 @@ def with_interval(value, low, high):
 
 
 def number(value):
-    return f"{value:.3f}"
+    return "n/a" if value is None else f"{value:.3f}"
 
 
 def mean_cell(values, digits):
