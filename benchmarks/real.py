@@ -57,7 +57,7 @@ class DataSet:
 
 
 SETS = {
-    "notes": DataSet("Will the patient die within 30 days?", 3, seeds=3, max_answer=64, rows=1200),
+    "notes": DataSet("Will the patient die within 30 days?", 2, seeds=3, max_answer=64, rows=1200),
     "esnli": DataSet("Does the premise entail the hypothesis?", 2, seeds=3, max_answer=80,
                      rows=1500, valid_share=0.05),
     "comve": DataSet("Is the second statement the one against common sense?", 1, seeds=3,
@@ -84,7 +84,7 @@ BASELINES = "baselines"  # majority and bags of words
 ZERO_SHOT = "zero-shot"  # the base model: its label token, and the confidence that it states
 
 FIRST_SETS = ("notes", "esnli")
-UNUSED = 1000  # rows at most that are neither trained, calibrated nor tested on
+UNUSED = 500  # rows at most that are neither trained, calibrated nor tested on
 
 
 @dataclass
@@ -260,6 +260,7 @@ def steps_of(job, args):
         "--data", train,
         "--valid", valid,
         "--valid-rows", 1000,
+        "--valid-every", 1_000_000,  # after the last step only: the loss is in each step's line
         "--model", args.model,
         "--question", SETS[job.data].question,
         "--max-answer", SETS[job.data].max_answer,
