@@ -29,9 +29,6 @@ from plumbing.script import Help, refuse, run_main
 from plumbing.teachers import LocalTeacher, ServerTeacher, key_of
 from prompts import SYSTEM, add_prompt_arguments, stated_label
 
-FIRST_ROWS = 20  # if none of them can be explained, something is wrong
-MOST_REFUSED = 5  # rows in a row that a server may refuse
-
 INSTRUCTION = (  # what a teacher reads below a row's text; the question stands above the text
     'The answer is "{}". In one to three sentences, explain which facts in the text lead to this '
     "answer, in the words of the text."
@@ -42,11 +39,10 @@ INSTRUCTION = (  # what a teacher reads below a row's text; the question stands 
 def explain_batch(rows, teacher, source, args):
     """Rows with labels -> the same rows, explained where one of --tries samples passes every check.
 
-    A row that has an explanation stays as it is. Every other row gets an `explanation_source`: the
-    entries of source (who explains, and with which arguments), `zero_shot` (the teacher's p of
-    class 1 before it is told the label), `tries` (how many samples it wrote) and `checks` (what
-    became of each sample: the first check that it failed, or "passed"; "cut off" where the bound
-    on its tokens came before it said anything).
+    Every row gets an `explanation_source`: the entries of source (who explains, and with which
+    arguments), `zero_shot` (the teacher's p of class 1 before it is told the label), `tries` (how
+    many samples it wrote) and `checks` (what became of each sample: the first check that it failed,
+    or "passed"; "cut off" where the bound on its tokens came before it said anything).
 
     The last check is a reader: the teacher itself, who sees the question and the explanation only
     and must find the label.
@@ -54,9 +50,8 @@ def explain_batch(rows, teacher, source, args):
     rows = [dict(row) for row in rows]
 
     # What does the teacher say while it does not know the label?
-    unexplained = without_explanation(rows)
-    zero_shot = teacher.score([row["text"] for row in unexplained])
-    for row, p in zip(unexplained, zero_shot, strict=True):
+    zero_shot = teacher.score([row["text"] for row in rows])
+    for row, p in zip(rows, zero_shot, strict=True):
         row["explanation_source"] = {**source, "zero_shot": round(p, 4), "tries": 0, "checks": []}
 
     for attempt in range(args.tries):
@@ -99,15 +94,10 @@ def without_explanation(rows):
     return [row for row in rows if "explanation" not in row]
 
 
-def without_answer(row, source):
-    """The row where the server refused a request about it: it keeps its label alone."""
-    refused = {**source, "zero_shot": 0.5, "tries": 0, "checks": ["refused"]}
-    return {**row, "explanation_source": refused}
-
-
-def was_refused(row):
-    """Whether `without_answer` made the row."""
-    return row["explanation_source"]["checks"] == ["refused"]
+def refused_row(row, source, refusal):
+    """The row where a server refused to answer about it: it keeps its label alone."""
+    outcome = {"zero_shot": 0.5, "tries": 0, "checks": ["refused"], "refusal": refusal}
+    return {**row, "explanation_source": {**source, **outcome}}
 
 
 def task(row, labels):
@@ -150,11 +140,21 @@ def keeps_to_the_label(text, row, args):
 
 def argues_from_the_text(text, row, args):
     """It does not speak of a label that it was given, except in words of the row's text."""
+    text = one_line(text)
+    own = one_line(row["text"]).lower()
     the_words = "|".join(map(re.escape, args.labels))
-    label_is = rf"\bthe (answer|label) ((is|was|of|says) [\"“'‘]?|[\"“'‘])({the_words})\b"
-    phrases = [*TOLD.finditer(text), *re.finditer(label_is, text, re.IGNORECASE)]
-    own = row["text"].lower()
-    return all(phrase[0].lower() in own for phrase in phrases)
+    label_is = rf"the (answer|label) ((is|was|of|says) {QUOTE}?|{QUOTE})({the_words})"
+
+    for phrase in (*TOLD, label_is):
+        for match in re.finditer(rf"\b({phrase})\b", text, re.IGNORECASE):
+            if match[0].lower() not in own:
+                return False
+    return True
+
+
+def one_line(text):
+    """The text with one blank wherever it has white space."""
+    return " ".join(text.split())
 
 
 def is_grounded(text, row, args):
@@ -211,25 +211,23 @@ CHECKS = {  # by the names that explanation_source has for them
     "markup": has_no_markup,
 }
 
-# How a text speaks of an answer that it was given: "discharge instructions" and "the label warns"
-# do not
-TOLD = re.compile(
-    r"""\b(?:
-        (?: given | provided | correct | known | assigned | expected | stated ) \s (?:answer|label)
-      | (?: answer | label ) \s (?: (?:that|which|as) \s (?:was|is) \s )? (?: given | provided )
-      | this \s answer \s (?: is | was | follows | comes )
-      | (?: answer | label ) \s (?: is | was ) \s (?: supported | justified | right | based )
-      | the \s answer ,? \s (?: is | of | must | should | would | follows | comes | lies | ["“'‘] )
-      | (?: as | since | because ) \s the \s (?: answer | label ) \s (?: is | says | states )
-      | (?: support | justif | explain | lead | point | match | confirm | favou?r ) \w*
-        (?: \s (?:to|towards|for|with) )? \s (?: the | this | that ) \s (?: answer | label ) \b
-      | (?: consistent | accordance | agreement | line ) \s with \s the \s (?: answer | label )
-      | I \s (?: was | am | have \s been ) \s (?: told | given | asked | instructed )
-      | you \s (?: told | gave | asked | provided | stated )
-      | (?: my | your | above | these ) \s instructions
-      | as \s an \s ai
-    )\b""",
-    re.IGNORECASE | re.VERBOSE,
+# How a text speaks of an answer that it was given. "Discharge instructions" and "the label warns"
+# are ordinary words
+QUOTE = "[\"“'‘]"
+TOLD = (
+    "(given|provided|correct|known|assigned|expected|stated) (answer|label)",
+    "(answer|label) ((that|which|as) (was|is) )?(given|provided)",
+    "(answer|label) (is|was) (supported|justified|right|based)",
+    "this answer (is|was|follows|comes)",
+    f"the answer,? (is|of|must|should|would|follows|comes|lies|{QUOTE})",
+    "(as|since|because) the (answer|label) (is|says|states)",
+    r"(support|justif|explain|lead|point|match|confirm|favou?r)\w*( to| towards| for| with)?"
+    " (the|this|that) (answer|label)",
+    "(consistent|accordance|agreement|line) with the (answer|label)",
+    "I (was|am|have been) (told|given|asked|instructed)",
+    "you (told|gave|asked|provided|stated)",
+    "(my|your|above|these) instructions",
+    "as an AI",
 )
 MARKUP = re.compile(
     r"<\|.*?\|>|</?\w+>|\[/?INST"
@@ -302,99 +300,50 @@ def main(argv=None):
     else:
         teacher = LocalTeacher(args)
         batch_size = args.batch
-    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-
-    refusals = {}  # by row: what a server says about those that it refuses
+    rows_to_ask = without_explanation(rows)
+    batches = []
+    for start in range(0, len(rows_to_ask), batch_size):
+        batches.append(rows_to_ask[start : start + batch_size])
 
     def work(batch):
         try:
             return explain_batch(batch, teacher, source, args)
         except Refused as error:  # by a server, which gets a row at a time
-            [row] = batch
-            refusals[row["id"]] = f"at row {row['id']!r}: {error}"
-            return [without_answer(row, source)]
+            return [refused_row(batch[0], source, str(error))]
         except ValueError as error:
             raise ValueError(f"at row {batch[0]['id']!r}: {error}") from None
 
     # The results gather in OUT.part, so that the same command continues after a stop
     part = args.out.with_name(args.out.name + ".part")
-    about = {**basis, "rows_a_line": batch_size}
-    explained = []
+    about = {**basis, "rows_a_line": batch_size, "rows": "unexplained"}  # once it was all rows
+    asked = []  # the rows that the teacher was asked about, in order
     with (
         ThreadPool(args.concurrency) as pool,
-        tqdm(total=len(rows), desc="explain", unit="row") as bar,
+        tqdm(total=len(rows_to_ask), desc="explain", unit="row") as bar,
     ):
 
         def in_order(work, batches):
             results = pool.imap(work, batches) if args.endpoint else map(work, batches)
-            asked = asked_rows(rows[: len(explained)], explained)  # before the stop, if there was
-            return while_it_works(batches, results, asked, refusals, args)
+            results = hold_back_refused(results)
+            return stop_if_hopeless(results, asked, len(rows_to_ask), args)
 
         for batch in continue_job(part, about, batches, work, in_order):
-            explained += batch
+            asked += batch
             bar.update(len(batch))
 
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in explained]
+    # A row that has an explanation already stays as it is
+    asked_by_id = {row["id"]: row for row in asked}
+    lines = []
+    for row in rows:
+        row = asked_by_id.get(row["id"], row)
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_atomically(args.out, "".join(lines))
     part.unlink()
-    report(rows, explained, args)
-    if refusals:
-        print(f"the last refusal was {list(refusals.values())[-1]}")
+
+    report(asked, args)
     if args.endpoint:
-        for field, name in teacher.server.renamed.items():
-            print(f"the server does not take {field}: {f'sent as {name}' if name else 'left out'}")
-
-
-def while_it_works(batches, results, asked, refusals, args):
-    """Yields the results in order. ValueError where it makes no sense to go on.
-
-    batches are the rows before, asked those that were asked for in this job already. All that was
-    yielded is in OUT.part by then.
-
-    A refused row is held back until a later one is answered, or all are done. So where a server
-    refuses everything from some row on, that is no verdict on these rows: the same command asks
-    for them again.
-    """
-    at_the_beginning = len(asked) < FIRST_ROWS
-    held_back = []
-    in_a_row = 0
-    for before, after in zip(batches, results, strict=True):
-        new = asked_rows(before, after)
-        if at_the_beginning:
-            asked = asked + new
-
-        # Is this one row's fault, or the server's?
-        refused = [row for row in new if was_refused(row)]
-        in_a_row += len(refused)
-        if in_a_row >= MOST_REFUSED:
-            refusal = refusals[refused[-1]["id"]]
-            raise ValueError(f"{refusal}; it is the last of {in_a_row} refusals in a row")
-        held_back.append(after)
-        if in_a_row and len(refused) == len(new):
-            continue
-        yield from held_back
-        held_back = []
-        in_a_row = 0
-
-        # Is the beginning worth going on?
-        if at_the_beginning and len(asked) >= FIRST_ROWS:
-            at_the_beginning = False
-            none = len(without_explanation(asked)) == len(asked)
-            if none and before is not batches[-1]:
-                raise ValueError(nothing_explained(asked, refusals, args))
-    yield from held_back
-
-
-def nothing_explained(asked, refusals, args):
-    """The sentence that says why a job stops after its first rows, and how to go on."""
-    outcomes = outcomes_of(asked)
-    problem = f"none of the first {len(asked)} rows got an explanation ({counts(outcomes)})"
-    if outcomes["cut off"]:
-        problem += f"; {cut_off_advice(args)}"
-    if refusals:
-        problem += f"; the last refusal was {list(refusals.values())[-1]}"
-    return (f"{problem}; the same command continues with the other rows, or starts anew if you "
-            f"delete {args.out}.part")
+        for sentence in teacher.server.changed_fields():
+            print(sentence)
 
 
 def basis_of(args):
@@ -415,15 +364,6 @@ def basis_of(args):
     return basis
 
 
-def asked_rows(rows, explained):
-    """The explained rows that had no explanation before, in rows."""
-    asked = []
-    for before, after in zip(rows, explained, strict=True):
-        if "explanation" not in before:
-            asked.append(after)
-    return asked
-
-
 def outcomes_of(asked):
     """How often each check stopped a sample, as a Counter."""
     outcomes = Counter()
@@ -438,17 +378,15 @@ def cut_off_advice(args):
             "perhaps in its thinking: give a larger one")
 
 
-def report(rows, explained, args):
-    """Prints for each class what became of its rows, and how good the teacher is by itself.
-
-    rows are the rows before: those that were explained already do not count.
-    """
-    asked = asked_rows(rows, explained)
+def report(asked, args):
+    """Prints for each class what became of its rows, and how good the teacher is by itself."""
     shares = []
     for label, word in enumerate(args.labels):
         shares.append(report_class(asked, label, word))
     if outcomes_of(asked)["cut off"]:
         print(f"warning: {cut_off_advice(args)}")
+    if last_refusal(asked):
+        print(last_refusal(asked))
 
     y = [row["label"] for row in asked]
     both_classes = len(set(y)) == 2
@@ -492,6 +430,68 @@ def counts(counter):
     return ", ".join(f"{name}: {count}" for name, count in sorted(counter.items())) or "none"
 
 
+# --- when to stop asking --------------------------------------------------------------------------
+FIRST_ROWS = 20  # if none of them can be explained, something is wrong
+MOST_REFUSED = 5  # rows in a row that a server may refuse
+
+
+def hold_back_refused(results):
+    """Yields the results in order. ValueError where a server refuses MOST_REFUSED rows in a row.
+
+    A refused row is held back until a later one is answered, or all are done. So where a server
+    refuses everything from some row on, that is no verdict on these rows: they are not in OUT.part,
+    and the same command asks for them again.
+    """
+    held_back = []
+    for rows in results:
+        held_back.append(rows)
+        if not last_refusal(rows):
+            yield from held_back
+            held_back = []
+        elif len(held_back) == MOST_REFUSED:
+            raise ValueError(
+                f"the server refused {MOST_REFUSED} rows in a row; {last_refusal(rows)}")
+    yield from held_back
+
+
+def stop_if_hopeless(results, asked_before, total, args):
+    """Yields the results. ValueError after the first FIRST_ROWS rows if none has an explanation.
+
+    asked_before: the rows that this job asked about before it was stopped and continued; if they
+    are FIRST_ROWS already, the user has been told. total: how many rows there are to ask about.
+    """
+    is_beginning = len(asked_before) < FIRST_ROWS
+    asked = list(asked_before)
+    for rows in results:
+        yield rows  # they are in OUT.part now: whatever follows, nothing is lost
+        asked += rows
+        if is_beginning and FIRST_ROWS <= len(asked) < total:
+            is_beginning = False
+            if len(without_explanation(asked)) == len(asked):
+                raise ValueError(nothing_explained(asked, args))
+
+
+def nothing_explained(asked, args):
+    """The sentence that says why a job stops after its first rows, and how to go on."""
+    outcomes = outcomes_of(asked)
+    problem = f"none of the first {len(asked)} rows got an explanation ({counts(outcomes)})"
+    if outcomes["cut off"]:
+        problem += f"; {cut_off_advice(args)}"
+    if last_refusal(asked):
+        problem += f"; {last_refusal(asked)}"
+    return (f"{problem}; the same command continues with the other rows, or starts anew if you "
+            f"delete {args.out}.part")
+
+
+def last_refusal(asked):
+    """What the server said about the last row that it refused, as a phrase; else ""."""
+    for row in reversed(asked):
+        if "refusal" in row["explanation_source"]:
+            refusal = row["explanation_source"]["refusal"]
+            return f"the last refusal was at row {row['id']!r}: {refusal}"
+    return ""
+
+
 # --- arguments ------------------------------------------------------------------------------------
 def check_arguments(args):
     """ValueError names everything that is wrong with the arguments; nothing was done before it."""
@@ -506,13 +506,13 @@ def check_arguments(args):
     if args.key_env and not (key and key.isascii() and key.isprintable()):
         problems.append("--key-env must name an environment variable that holds a key")
 
-    counts = {
+    whole_numbers = {
         "--concurrency": args.concurrency,
         "--tries": args.tries,
         "--words": min(args.words),
         "--batch": args.batch,
     }
-    for flag, value in counts.items():
+    for flag, value in whole_numbers.items():
         if value < 1:
             problems.append(f"{flag} is {value}, expected 1 or more")
     if args.retries < 0:

@@ -81,6 +81,14 @@ class Server:
                 self.renamed.update(renamed)
                 return hide(self.key, text), cut_off
 
+    def changed_fields(self):
+        """A sentence for each field that this server turned out not to take."""
+        sentences = []
+        for field, name in self.renamed.items():
+            instead = f"sent as {name}" if name else "left out"
+            sentences.append(f"the server does not take {field}: {instead}")
+        return sentences
+
     def _try(self, body):
         """One completion, with the patience for what is temporary. Failure is the last one."""
         request = build_request(f"{self.endpoint.rstrip('/')}/chat/completions", body, self.key)
