@@ -326,36 +326,27 @@ def score_rows(name, run, rows, args):
     """
     explained = rows[: args.explain]
     others = rows[len(explained) :]
-    done = {}  # {unit: its result}, in this order
+    how = {"batch_size": args.batch, "progress": True}
+    done = {}  # {unit: its result}
+    units = {
+        "texts": lambda: run.predict(explained, explain=True, **how),
+        "probabilities": lambda: run.predict(others, explain=False, **how),
+        "references": lambda: run.reference_sums(explained, **how).tolist(),
+        "rereadings": lambda: reread(run, done["texts"], args),
+    }
+    if name == ZERO_SHOT:
+        units["percentages"] = lambda: ask_percentages(run, rows, args)
 
     def score(unit):
         started = time.perf_counter()
-        if unit == "texts":
-            result = run.predict(
-                explained, explain=True, batch_size=args.batch, progress=bool(explained)
-            )
-        elif unit == "probabilities":
-            result = run.predict(
-                others, explain=False, batch_size=args.batch, progress=bool(others)
-            )
-        elif unit == "references":
-            sums = run.reference_sums(explained, args.batch, progress=bool(explained))
-            result = sums.tolist()
-        elif unit == "rereadings":
-            result = reread(run, done["texts"], args)
-        else:  # the percentages
-            result = ask_percentages(run, rows, args)
+        result = units[unit]()
         return {"result": result, "seconds": time.perf_counter() - started}
 
     part = part_file(run, rows, args)
     if part.exists():
         print(f"{name}: what was scored before is kept; --overwrite scores it again")
-    units = ["texts", "probabilities", "references", "rereadings"]
-    if name == ZERO_SHOT:
-        units.append("percentages")
-
     seconds = 0.0
-    job = continue_job(part, {"run": run.name}, units, score)
+    job = continue_job(part, {"run": run.name}, list(units), score)
     for unit, scored in zip(units, job, strict=True):
         done[unit] = scored["result"]
         seconds += scored["seconds"]
@@ -376,7 +367,7 @@ def reread(run, predictions, args):
     explanations = [prediction["explanation"] for prediction in predictions]
     places = [i for i, text in enumerate(explanations) if text.strip()]
     texts = [explanations[i] for i in places]
-    found = run.predict(texts, explain=False, batch_size=args.batch, progress=bool(texts))
+    found = run.predict(texts, explain=False, batch_size=args.batch, progress=True)
 
     records = [None] * len(explanations)
     for i, record in zip(places, found, strict=True):
@@ -498,7 +489,6 @@ class Comparison:
         if run.fitted.scorer == "head":
             others["label token"] = self.measure(scored.column("label_token_probability"))
         return others
-
 
     def measure_stated(self, run, scored, valid):
         """{scorer: metrics} of the confidence that the base model states.

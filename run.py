@@ -108,6 +108,12 @@ def as_rows(rows):
     return named_rows
 
 
+def batch_starts(n, batch_size, progress):
+    """Where each batch of n rows begins, with a progress bar if it is asked for."""
+    starts = range(0, n, batch_size)
+    return tqdm(starts, unit="batch", disable=not progress or not starts)
+
+
 class Run:
     """A model and all that a prediction needs: its prompts, and what was fitted.
 
@@ -139,7 +145,7 @@ class Run:
         # rows of similar length share a batch, so that little is padded
         order = sorted(range(len(examples)), key=lambda i: -len(examples[i]))
         records = [None] * len(examples)
-        for start in tqdm(range(0, len(order), batch_size), unit="batch", disable=not progress):
+        for start in batch_starts(len(order), batch_size, progress):
             indices = order[start : start + batch_size]
             batch = [examples[i] for i in indices]
             predicted = self._predict_batch(batch, explain, decide, choose)
@@ -233,7 +239,7 @@ class Run:
         order = sorted(explained, key=lambda i: -len(examples[i]))
 
         sums = np.zeros((len(examples), 3))
-        for start in tqdm(range(0, len(order), batch_size), unit="batch", disable=not progress):
+        for start in batch_starts(len(order), batch_size, progress):
             indices = np.array(order[start : start + batch_size])
             batch = collate([examples[i] for i in indices], self.device)
             _, logits = self.model(batch)

@@ -32,7 +32,7 @@ from plumbing.checkpoint import base_fingerprint, base_name, load_llama
 from plumbing.model_checks import check_base
 from plumbing.ranks import Ranks
 from plumbing.remarks import (
-    contradicting_rows, count_shared, print_remarks, warn_of_default_question)
+    print_remarks, refuse_contradictions, warn_of_default_question, warn_of_shared)
 from plumbing.resume import restore, save_state
 from plumbing.script import pick_device, printable, run_main, stop_signals
 from plumbing.split import split_valid, split_valid_formerly
@@ -295,17 +295,14 @@ def watch_text(model, prompts, rows, size):
 
 # --- before and after -----------------------------------------------------------------------------
 def load_rows(args, prompts):
-    """(training, validation) rows, validation thinned to --valid-rows by the seed.
+    """(training, validation) rows. Prints what is odd about them; ValueError for what is refused.
 
-    Says what is odd about them. ValueError for explanations that contradict their labels.
+    Validation rows are those of --valid, or else a share of the training rows, and at most
+    --valid-rows of them.
     """
     train = read_rows(args.data)
-    against = contradicting_rows(train, prompts.labels)
-    if against and not args.allow_contradictions and not args.resume:
-        raise ValueError(
-            f"{args.data}: {len(against)} explanations state the other label than their rows, the "
-            f"first in row {against[0]['id']!r} ({prompts.word(against[0]['label'])}): "
-            f"{against[0]['explanation'][:60]!r}; correct them, or give --allow-contradictions")
+    if not args.allow_contradictions and not args.resume:
+        refuse_contradictions(args.data, train, prompts)
     warn_of_default_question(prompts.question)
     print_remarks(args.data, train, prompts)
 
@@ -316,12 +313,7 @@ def load_rows(args, prompts):
         train, valid = split_valid(train, args.valid_fraction, args.seed)
     else:
         train, valid = split_valid_formerly(args.data, train, args.valid_fraction, args.seed)
-
-    shared = count_shared(train, valid)
-    if any(shared.values()):
-        counts = ", ".join(f"{name} {count}" for name, count in shared.items() if count)
-        print(f"warning: of {len(valid)} validation rows, this many share with a training row: "
-              f"{counts}; calibration and threshold need rows that training has not seen")
+    warn_of_shared(train, valid)
 
     if len(valid) > args.valid_rows:
         shuffled = np.random.default_rng(args.seed).permutation(len(valid))

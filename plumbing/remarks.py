@@ -19,6 +19,7 @@ def remarks(rows, prompts):
     """What is odd about rows that can be read: a list of sentences."""
 
     def some(odd_rows):
+        """How many rows, by class, and the first of them, as a phrase."""
         counts = count_classes(odd_rows)
         ids = ", ".join(repr(row["id"]) for row in odd_rows[:3])
         return (f"{len(odd_rows)} rows ({counts[1]} {prompts.word(1)}, {counts[0]} "
@@ -66,6 +67,18 @@ def stated_by(row, labels):
     return stated_label(row.get("explanation", ""), labels)[0]
 
 
+def refuse_contradictions(path, rows, prompts):
+    """ValueError if explanations state the other label: training would write "Yes. No. It ..."."""
+    against = contradicting_rows(rows, prompts.labels)
+    if not against:
+        return
+    first = against[0]
+    raise ValueError(
+        f"{path}: {len(against)} explanations state the other label than their rows, the first in "
+        f"row {first['id']!r} ({prompts.word(first['label'])}): {first['explanation'][:60]!r}; "
+        f"correct them, or give --allow-contradictions")
+
+
 def warn_of_default_question(question):
     """Prints a warning if nobody has said what is asked about the texts."""
     if question == QUESTION:
@@ -82,6 +95,15 @@ def count_shared(train, test):
         known = {str(row[name]) for row in train if is_given(row, name)}  # 5 and "5" are the same
         counts[name] = sum(is_given(row, name) and str(row[name]) in known for row in test)
     return counts
+
+
+def warn_of_shared(train, valid):
+    """Prints a warning if validation rows share something with training rows."""
+    shared = count_shared(train, valid)
+    counts = ", ".join(f"{name} {count}" for name, count in shared.items() if count)
+    if counts:
+        print(f"warning: of {len(valid)} validation rows, this many share with a training row: "
+              f"{counts}; calibration and threshold need rows that training has not seen")
 
 
 def is_given(row, name):

@@ -29,21 +29,15 @@ def introduce(config, parts, train, valid, prompts):
     """The first screen: configuration, what trains, how much data, one row as the model sees it."""
     for key, value in config.items():
         if isinstance(value, list):
-            value = " ".join(str(part) for part in value)
+            value = " ".join(map(str, value))
         print(f"{key:15} {value}")
     for name, parameters in parts.items():
-        count = 0
-        for parameter in parameters.values():
-            count += parameter.numel()
+        count = sum(parameter.numel() for parameter in parameters.values())
         print(f"{name:7} {count:>12,} parameters")
 
-    tokens = 0
-    cut = 0
-    unexplained = 0
-    for example in train:
-        tokens += len(example)
-        cut += example.tokens_cut > 0
-        unexplained += not example.answer
+    tokens = sum(len(example) for example in train)
+    cut = sum(example.tokens_cut > 0 for example in train)
+    unexplained = sum(not example.answer for example in train)
     print(f"train   {len(train):>12,} rows, {tokens:,} tokens an epoch, {cut} texts cut; "
           f"{unexplained} rows train the score head only")
     print(f"valid   {len(valid):>12,} rows\n\n{show(train[0], prompts)}\n")
