@@ -148,7 +148,8 @@ def read_rows(path, labels=True):
 
     A row without an id gets its line's number as one. Other fields are named once, on the screen.
 
-    labels: each row must have one, and both classes must occur. Otherwise an unusable one is none.
+    labels: True if each row must have a label, and both classes must occur. False, for predictions:
+    a label that is not 0 or 1 counts as absent.
     ValueError lists the first ten problems as "file:line: what is wrong" and counts the rest; no
     line is dropped silently. Files in another form are refused with the command that converts them.
     """
@@ -177,9 +178,10 @@ def read_rows(path, labels=True):
             raw = parse_object(line)
             row = parse_row(raw, labels)
             row.setdefault("id", LineNumber(number))
-            first = line_of_id.setdefault(str(row["id"]), number)
-            if first != number:
-                raise ValueError(f"id {row['id']!r} is in line {first} already")
+            name = str(row["id"])  # 5 and "5" are the same
+            if name in line_of_id:
+                raise ValueError(f"id {row['id']!r} is in line {line_of_id[name]} already")
+            line_of_id[name] = number
             rows.append(row)
             unknown.update(unknown_fields(raw, FIELDS))
         except ValueError as error:
@@ -217,9 +219,10 @@ def parse_row(raw, labels):
     # what there has to be
     for name in ("text", "label"):
         if name not in row and (labels or name == "text"):
-            others = [other for other in raw if likely_field(other) == name]
-            meant = f"; is it {others[0][:60]!r}?" if others else ""
-            raise ValueError(f"no {name}{meant}")
+            for other in raw:
+                if likely_field(other) == name:
+                    raise ValueError(f"no {name}; is it {other[:60]!r}?")
+            raise ValueError(f"no {name}")
 
     # what it has to be
     for name, value in row.items():

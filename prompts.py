@@ -36,7 +36,7 @@ class Frame:
     special_tokens: tuple  # the tokenizer must have them; the last one ends an answer
     prompt: str  # with {system} for the system line, and {user} for question, blank line, text
     inst_is_text: bool = False  # [INST] is no token of its own, so a row's text could imitate it
-    byte_level: bool = False  # chosen only where the tokenizer reads bytes: nothing follows a blank
+    byte_level: bool = False  # chosen for tokenizers of this kind only, see `reads_bytes`
 
 
 # A new frame is one entry here. The order counts: a tokenizer gets the first frame whose tokens it
@@ -322,16 +322,25 @@ def opening_label(text, labels):
 
 # --- frames and tokenizers ------------------------------------------------------------------------
 def choose_format(tokenizer, chat):
-    """The name of the first frame whose special tokens the tokenizer has."""
-    is_byte_level = "Ġ" in "".join(tokenizer.encode("a a", add_special_tokens=False).tokens)
+    """The name of the first frame whose special tokens the tokenizer has.
+
+    Where two frames have the same tokens, the first is for some of these models only.
+    """
     for name in FRAMES:
         frame = frame_of(name, chat)
-        if name == "chatml-bos" and not chat.begins_with_bos(FRAMES["chatml"]):
+        if missing_tokens(frame, tokenizer):
             continue
-        if frame.byte_level and not is_byte_level:
+        if frame.byte_level and not reads_bytes(tokenizer):
             continue
-        if not missing_tokens(frame, tokenizer):
-            return name
+        if name == "chatml-bos" and not chat.adds_bos_to(FRAMES["chatml"]):
+            continue
+        return name
+
+
+def reads_bytes(tokenizer):
+    """Whether the tokenizer is of the byte-level kind, which writes a blank as a letter, Ġ."""
+    tokens = tokenizer.encode("a a", add_special_tokens=False).tokens
+    return "Ġ" in "".join(tokens)
 
 
 def frame_of(format, chat):
@@ -339,9 +348,9 @@ def frame_of(format, chat):
     frame = FRAMES[format]
     if not chat.bos:
         return frame
-    special_tokens = tuple(token.replace("{bos}", chat.bos) for token in frame.special_tokens)
-    return replace(frame, special_tokens=special_tokens,
-                   prompt=frame.prompt.replace("{bos}", chat.bos))
+    tokens = tuple(token.replace("{bos}", chat.bos) for token in frame.special_tokens)
+    prompt = frame.prompt.replace("{bos}", chat.bos)
+    return replace(frame, special_tokens=tokens, prompt=prompt)
 
 
 def split_at(special_tokens, text):

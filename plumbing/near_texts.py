@@ -53,7 +53,9 @@ def common_shingles(rows):
 def hashes(text, common):
     """The hashes of a text's shingles (S,), without the common ones; all if none is left."""
     own = set(map(hash, shingles(text)))
-    return np.array(list(own - common or own))
+    if not own <= common:
+        own -= common
+    return np.array(list(own))
 
 
 # Characters of scripts without blanks between words: Thai, Lao, Tibetan, Burmese, Khmer, Japanese,

@@ -33,6 +33,7 @@ def load_tokenizers(path, template=""):
                 vocabulary[token["content"]] = whole.token_to_id(token["content"])
 
     of_text = json.dumps({**spec, "added_tokens": words})
+    # wherever the spec has it; in a token, the quotation marks would be escaped
     in_frame = of_text.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
     return whole, make_tokenizer(path, of_text), make_tokenizer(path, in_frame)
 
@@ -96,11 +97,13 @@ class Chat:
 
     def has(self, mark):
         """Whether the template has a token or other mark, by its name or as it is."""
-        by_name = (mark == self.bos and "bos_token" in self.template) or (
-            mark == self.eos and "eos_token" in self.template)
-        return by_name or mark in self.template
+        if mark == self.bos and "bos_token" in self.template:
+            return True
+        if mark == self.eos and "eos_token" in self.template:
+            return True
+        return mark in self.template
 
-    def begins_with_bos(self, frame):
+    def adds_bos_to(self, frame):
         """Whether the template has a start token that the frame lacks.
 
         SmolLM2's is <|im_start|>, which ChatML has anyway.
@@ -122,16 +125,20 @@ def read_chat(folder):
     elif (folder / "chat_template.json").exists():
         template = read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):
-        template = "".join(str(entry.get("template")) for entry in template
-                           if isinstance(entry, dict) and entry.get("name") == "default")
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = "".join(
+            str(entry.get("template")) for entry in named if entry.get("name") == "default")
+    if not isinstance(template, str):
+        template = ""
+    return Chat(template, token_of(config, "bos_token"), token_of(config, "eos_token"))
 
-    tokens = []
-    for name in ("bos_token", "eos_token"):
-        token = config.get(name)
-        if isinstance(token, dict):
-            token = token.get("content")
-        tokens.append(token if isinstance(token, str) else None)
-    return Chat(template if isinstance(template, str) else "", *tokens)
+
+def token_of(config, name):
+    """The text of a token that a tokenizer_config.json names, or None."""
+    token = config.get(name)
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
 
 
 def read_eos_ids(folder, config):
