@@ -599,8 +599,9 @@ def interval(metric, value, error, pairs):
 
         scale(value) -+ t scale'(value) error
 
-    The scale has no bounds: it is the logit of a share such as AUROC, and the log of a loss. So the
-    interval stays within the bounds of the metric, and reaches farther on the side that has room.
+    The scale has no bounds: it is the logit for SHARES, such as AUROC, the log for LOSSES, and the
+    value itself for all others, such as differences. So the interval stays within the bounds of the
+    metric, and reaches farther on the side that has room.
     t is the quantile of Student's distribution with `pairs` degrees of freedom, from
     `independent_pairs`. On small files, and near a bound, this covers the true value far more often
     than percentiles of the resamples do (benchmarks/coverage.py).
@@ -611,23 +612,23 @@ def interval(metric, value, error, pairs):
     """
     if pairs < 1:
         return None
-    is_share = metric in (auroc, average_precision, f1_score, accuracy)
-    is_loss = metric in (log_loss, brier, per_token)
 
+    # Without an error among resamples
     limit = 0.025 ** (1 / pairs)
-    if is_share and value == 1:
+    if metric in SHARES and value == 1:
         return limit, 1.0
-    if is_share and value == 0:
+    if metric in SHARES and value == 0:
         return 0.0, 1 - limit
     if error == 0:  # as of p = .5 everywhere
         return value, value
 
+    # With one: scale', the slope of the scale at value, carries it over
     reach = student_t(pairs) * float(error)
-    if is_share:
+    if metric in SHARES:
         center = np.log(value) - np.log1p(-value)
         reach = reach / (value * (1 - value))
         return float(sigmoid(center - reach)), float(sigmoid(center + reach))
-    if is_loss:
+    if metric in LOSSES:
         factor = float(np.exp(reach / value))
         return value / factor, value * factor
     return value - reach, value + reach
@@ -853,6 +854,11 @@ def collapse(predictions, sums):
 
 
 # --- everything together --------------------------------------------------------------------------
+# The metrics with an interval that have bounds, for `interval`
+SHARES = (auroc, average_precision, f1_score, accuracy)  # from 0 to 1
+LOSSES = (log_loss, brier, per_token)  # from 0 on
+
+
 def score_metrics(y, p, decisions=None, *, groups=None, draws=1000, seed=0, true_p=None, sums=None,
                   first=None):
     """All metrics of one probability, as a dict; the 95 % intervals are in its `intervals`.
@@ -866,7 +872,8 @@ def score_metrics(y, p, decisions=None, *, groups=None, draws=1000, seed=0, true
     at_half = (p >= 0.5).astype(np.float64)
 
     # With an interval: a function of labels and values, and the values. A NEW METRIC goes here, in
-    # one line; eval.py prints it in a table of other metrics if TABLES does not name it
+    # one line, and into SHARES or LOSSES if it has such bounds; eval.py prints it in a table of
+    # other metrics if TABLES does not name it
     resampled = {
         "auroc": (auroc, p),
         "average_precision": (average_precision, p),
