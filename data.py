@@ -388,7 +388,7 @@ def spread(lengths):
     return f"{low:.0f} to {high:.0f} tokens, median {middle:.0f}"
 
 
-def leaks(train, test):
+def print_leaks(train, test):
     """Prints how many test rows share group, id or text with a training row, or have a near text.
 
     A model that has seen them in training looks better on the test file than it is.
@@ -422,7 +422,7 @@ def main(argv=None):
     print(show(examples[0], prompts))
     if test:
         print_remarks(args.test, test, prompts)
-        leaks(rows, test)
+        print_leaks(rows, test)
 
 
 if __name__ == "__main__":

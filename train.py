@@ -311,7 +311,7 @@ def load_rows(args, prompts):
         print_remarks(args.valid, valid, prompts)
     elif args.split:
         train, valid = split_valid(train, args.valid_fraction, args.seed)
-    else:
+    else:  # stopped before there was this rule
         train, valid = split_valid_formerly(args.data, train, args.valid_fraction, args.seed)
     warn_of_shared(train, valid)
 

@@ -53,7 +53,8 @@ class LocalTeacher:
             said = [token for token in ids if token not in prompts.stop_ids]
             # A special token in the middle must show: the check "markup" is to find it
             answer = prompts.tokenizer.decode(said, skip_special_tokens=False)
-            answers.append(what_it_says(answer, cut_off=len(said) == len(ids)))
+            has_ended = len(said) < len(ids)  # there is a stop token
+            answers.append(what_it_says(answer, cut_off=not has_ended))
         return answers
 
     def score(self, texts):

@@ -72,7 +72,7 @@ def parse(argv=None):
 
     args = parser.parse_args(argv)
     if args.resume:
-        refuse_if_finished(args, parser)
+        end_if_finished(args, parser)
         state, _ = read_state(args.resume)
         saved = {name: state["config"][name] for name in vars(args) if name in state["config"]}
         # They become the defaults, so that a flag given now wins; `restore` refuses if it differs
@@ -87,15 +87,16 @@ def parse(argv=None):
     if args.out is None:
         args.out = Path("runs") / args.data.stem
 
-    # The rule by which validation rows are split off; a training without it on record keeps the
-    # former one
-    args.split = None if args.valid else "by the rows of groups"
+    # The rule by which validation rows are split off from --data
+    args.split = None
     if args.resume:
-        args.split = state["config"].get("split")
+        args.split = state["config"].get("split")  # None: it was stopped before there was this rule
+    elif not args.valid:
+        args.split = "by the rows of groups"
     return args
 
 
-def refuse_if_finished(args, parser):
+def end_if_finished(args, parser):
     """Ends a script that is to resume a finished run: there is nothing left to do.
 
     ValueError if flags ask for something else than what the run has done.
