@@ -197,8 +197,9 @@ def read_rows(path, labels=True):
         shown = problems[:10]
         if len(problems) > 10:
             shown.append(f"... and {len(problems) - 10} more")
-        if labels:
-            shown += label_advice(path, lines)
+        advice = label_advice(path, lines) if labels else None
+        if advice is not None:
+            shown.append(advice)
         raise ValueError("\n".join(shown))
     name_unknown_fields(path, unknown)
     return rows

@@ -472,7 +472,7 @@ class Comparison:
         )
         own.update(texts)
 
-        own["calibrated"] = (run.fitted.temperature, run.fitted.bias) != (1.0, 0.0)
+        own["calibrated"] = run.fitted.is_calibrated()
         own["run"] = run.name
         own["prompts_cut"] = int((scored.column("tokens_cut") > 0).sum())
         own["seconds"] = scored.seconds
@@ -497,19 +497,21 @@ class Comparison:
         """
         base_rate = run.fitted.base_rate
         raw, unreadable = stated_confidence(scored.percentages, base_rate)
+        measured_raw = self.measure(raw)
         if not valid:
-            return {"stated confidence": {**self.measure(raw), "unreadable": unreadable}}
+            return {"stated confidence": {**measured_raw, "unreadable": unreadable}}
 
+        # what it says about the validation rows gives calibration and threshold
         y = [row["label"] for row in valid]
-        p, _ = stated_confidence(ask_percentages(run, valid, self.args), base_rate)
-        fitted, sentence = fit(run.fitted.scorer, y, clipped_logit(p), base_rate)
+        stated, _ = stated_confidence(ask_percentages(run, valid, self.args), base_rate)
+        fitted, sentence = fit(run.fitted.scorer, y, clipped_logit(stated), base_rate)
         print(f"{ZERO_SHOT} stated confidence: {sentence}")
 
         p = calibrated(clipped_logit(raw), fitted.temperature, fitted.bias)
         own = self.measure(p, p >= fitted.threshold)
-        own["calibrated"] = (fitted.temperature, fitted.bias) != (1.0, 0.0)
+        own["calibrated"] = fitted.is_calibrated()
         own["unreadable"] = unreadable
-        return {"stated confidence": own, "stated confidence raw": self.measure(raw)}
+        return {"stated confidence": own, "stated confidence raw": measured_raw}
 
 
 def describe(rows):

@@ -60,6 +60,10 @@ class Fitted:
         """Logits, a float64 tensor, as calibrated probabilities."""
         return torch.sigmoid(z / self.temperature + self.bias)
 
+    def is_calibrated(self):
+        """Whether p is another one than that of the raw logit."""
+        return (self.temperature, self.bias) != (1.0, 0.0)
+
     def settings(self):
         """The keys and values that clsgen.json has for it."""
         return {

@@ -46,6 +46,7 @@ def refuse_other_form(path, lines):
 
 
 def is_array(lines):
+    """Whether the whole file is one JSON array."""
     try:
         return isinstance(json.loads(b"".join(lines).decode("utf-8-sig")), list)
     except (ValueError, RecursionError):
@@ -55,29 +56,28 @@ def is_array(lines):
 def label_advice(path, lines):
     """What to do if the labels of a file are two words, or two numbers, but not 0 and 1.
 
-    A list of one sentence with the command, or an empty one.
-
-    Of the two, 1 is proposed for the one that is last in the alphabet: yes, true, positive.
+    A sentence with the command, or None if they are not. Of the two, 1 is proposed for the one that
+    is last in the alphabet: yes, true, positive.
     """
     labels = []
     for line in lines:
         try:
             labels.append(json.loads(line.decode("utf-8-sig"))["label"])
         except (ValueError, KeyError, TypeError, RecursionError):
-            return []
+            return None
 
     if all(isinstance(label, int) and label in (0, 1) for label in labels):
-        return []  # nothing is wrong with them
+        return None  # nothing is wrong with them
     types = {type(label) for label in labels}
     words = sorted({str(label).strip().lower() for label in labels})
     if len(types) != 1 or len(words) != 2:
-        return []
+        return None
 
-    numbers = {words[0]: 0, words[1]: 1}
-    code = FROM_WORDS.replace("LABELS", json.dumps(numbers))
-    return [f"{path}: the labels are {json.dumps(words[0])} and {json.dumps(words[1])}, expected 0 "
-            f"and 1. To make the second one 1 (exchange the numbers if it is not the class that "
-            f"the question asks for):\n{command(code, path)}"]
+    no, yes = words
+    code = FROM_WORDS.replace("LABELS", json.dumps({no: 0, yes: 1}))
+    return (f"{path}: the labels are {json.dumps(no)} and {json.dumps(yes)}, expected 0 and 1. To "
+            f"make the second one 1 (exchange the numbers if it is not the class that the question "
+            f"asks for):\n{command(code, path)}")
 
 
 def command(code, path):
