@@ -16,9 +16,9 @@ import torch
 from conftest import ROOT, write_rows
 
 from data import read_rows
-from explain import (
-    FIRST_ROWS, argues_from_the_text, failed_checks, main, stems, task, words)
+from explain import argues_from_the_text, failed_checks, main, stems, task, words
 from plumbing.chat import is_this_machine
+from plumbing.giving_up import FIRST_ROWS
 from plumbing.script import printable
 from plumbing.teachers import LocalTeacher, what_it_says
 from prompts import stated_label
@@ -384,6 +384,7 @@ def test_one_refused_row_does_not_end_the_file(server, tmp_path, capsys):
         refused = row.get("explanation_source", {}).get("checks") == ["refused"]
         assert refused == (row["id"] in ("r9", "r19", "r38"))
         assert not (refused and "explanation" in row)
+        assert not refused or "content_filter" in row["explanation_source"]["refusal"]
     screen = capsys.readouterr().out
     assert "refused: 1" in screen and "the last refusal was at row 'r38'" in screen
 
