@@ -377,7 +377,7 @@ def test_a_phrase_that_is_cited_as_absent(asserting, negating):
     ("Falls as present, sepsis as absent.", "falls"), ("Sepsis: none. Falls!", "falls"),
     ("No sepsis at first. Then sepsis.", "sepsis"), ("No change; sepsis.", "sepsis"),
     ("Sepsis was not present.", ""), ("Sepsis does not get worse.", "sepsis"),
-    ("Notable sepsis.", "sepsis"),
+    ("Notable sepsis.", "sepsis"), ("Sepsis. The rest was ruled out.", "sepsis"),
 ])
 def test_absence_in_other_words(text, cited):
     """Fails if absence reaches into another clause or sentence, if it is looked for on one side
