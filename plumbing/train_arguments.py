@@ -17,6 +17,38 @@ from prompts import add_prompt_arguments
 
 def parse(argv=None):
     """The flags of train.py. With --resume, those that the run had."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.resume:
+        return resumed(args, parser, argv)
+
+    if args.data is None:
+        raise ValueError("--data is missing (or --resume)")
+    if args.init_adapter:
+        take_over_adapter(args, parser)
+    if args.out is None:
+        args.out = Path("runs") / args.data.stem
+    # The rule by which validation rows are split off from --data
+    args.split = None if args.valid else "by the rows of groups"
+    return args
+
+
+def resumed(args, parser, argv):
+    """The flags of a stopped run, for those of --resume."""
+    end_if_finished(args, parser)
+    state, _ = read_state(args.resume)
+    saved = {name: state["config"][name] for name in vars(args) if name in state["config"]}
+    # They become the defaults, so that a flag given now wins; `restore` refuses if it differs
+    parser.set_defaults(**saved)
+    args = parser.parse_args(argv)
+    args.out = args.resume
+    args.split = state["config"].get("split")  # None, too, if it was stopped before there was one
+    check_places(args)
+    return args
+
+
+def make_parser():
+    """All flags, in groups."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s --data ROWS --question TEXT [--model FOLDER] [other flags]\n"
               "       %(prog)s --resume RUN",
@@ -70,30 +102,7 @@ def parse(argv=None):
     add("--clip", type=float, default=1.0, help="gradient norm, of LoRA and of the head")
     add("--seed", type=int, default=0, help="of initial values, order and validation split")
 
-    args = parser.parse_args(argv)
-    if args.resume:
-        end_if_finished(args, parser)
-        state, _ = read_state(args.resume)
-        saved = {name: state["config"][name] for name in vars(args) if name in state["config"]}
-        # They become the defaults, so that a flag given now wins; `restore` refuses if it differs
-        parser.set_defaults(**saved)
-        args = parser.parse_args(argv)
-        args.out = args.resume
-        check_places(args)
-    elif args.data is None:
-        raise ValueError("--data is missing (or --resume)")
-    elif args.init_adapter:
-        take_over_adapter(args, parser)
-    if args.out is None:
-        args.out = Path("runs") / args.data.stem
-
-    # The rule by which validation rows are split off from --data
-    args.split = None
-    if args.resume:
-        args.split = state["config"].get("split")  # None: it was stopped before there was this rule
-    elif not args.valid:
-        args.split = "by the rows of groups"
-    return args
+    return parser
 
 
 def end_if_finished(args, parser):
