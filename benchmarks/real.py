@@ -35,7 +35,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from data import read_rows  # noqa: E402
 from metrics import none_if_undefined, score_metrics  # noqa: E402
-from plumbing.checkpoint import DEFAULT_MODEL  # noqa: E402
 from plumbing.files import read_json, write_atomically, write_json  # noqa: E402
 from plumbing.resume import STATE  # noqa: E402
 from plumbing.script import run_main, stop_signals, versions  # noqa: E402
@@ -604,7 +603,7 @@ def parse(argv=None):
     add("name", nargs="?", choices=SETS, help="one data set")
     add("--all", action="store_true", help="all data sets")
     add("--folder", type=Path, help="has a folder of rows for each data set but the notes")
-    add("--model", type=Path, default=Path(DEFAULT_MODEL), help="folder of the base")
+    add("--model", type=Path, default=Path("models/smollm2-135m"), help="folder of the base")
     add("--jobs", type=int, default=2, help="so many at a time, with one thread each")
     add("--work", type=Path, default=Path("runs/real"), help="folder of the runs")
     add("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON files")
