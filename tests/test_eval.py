@@ -242,10 +242,11 @@ def test_the_base_model_states_its_confidence(runs, rows, rows_file, tiny, tmp_p
 def test_a_run_reads_its_explanations(runs, rows, rows_file, tmp_path, monkeypatch):
     """Fails if the label word is read too, if an empty explanation is, or if records are mixed
     up."""
-    predict = Run.predict
+    predict, seen = Run.predict, []
 
     def short(run, rows, explain=True, **options):
         records = predict(run, rows, explain=explain, **options)
+        seen.append(rows)
         if explain:
             for i, record in enumerate(records):
                 record["explanation"] = ["", "It is bad.", " ", f"good {i}"][i % 4]
@@ -256,6 +257,7 @@ def test_a_run_reads_its_explanations(runs, rows, rows_file, tmp_path, monkeypat
     metrics, records = read(tmp_path)
     records = records[:8]
     texts = ["It is bad.", "good 3", "It is bad.", "good 7"]
+    assert seen[-1] == texts
     again = [load_run(runs / "joint").predict(text, explain=False)[0] for text in texts]
     found = metrics["metrics"]["head"]
     flips = [one["label"] != records[i]["label"] for one, i in zip(again, (1, 3, 5, 7),
@@ -452,11 +454,11 @@ def test_calibrations_are_compared(tmp_path, capsys):
     assert calibration.fit(y, -z, np.inf, np.inf) is None
     assert calibration.fit(np.array([0.0, 1.0]), np.array([-1.0, 1.0]), np.inf, np.inf) is None
 
-    # two groups of opposite labels: fitted on one of them, nothing helps with the other
-    labels = np.repeat([0.0, 1.0], 20)
-    losses = calibration.compare(labels, np.tile([-1.0, 1.0], 20), np.repeat([0, 1], 20), 20, 8, 0)
-    assert losses == pytest.approx(np.full((8, 6), log_loss(labels[:20], sigmoid(
-        np.tile([-1.0, 1.0], 10)))))
+    # two groups, one of each label: no fit, and all of the other group is scored and nothing else
+    labels, number = np.repeat([0.0, 1.0], 20), np.repeat([0, 1], 20)
+    losses = calibration.compare(labels, np.ones(40), number, 15, 8, 0)
+    due = [log_loss([label], sigmoid([1.0])) for label in (1, 0)]
+    assert np.unique(losses.round(9)) == pytest.approx(due)
 
     path = write_rows(tmp_path / "p.jsonl", [
         {"raw_probability": p, "true_label": int(label), "run": "r", "group": None}

@@ -189,8 +189,9 @@ def test_matched_kappa():
     p, stated = rng.random((30, 20)), rng.integers(0, 2, (30, 20))  # nothing to match
     assert np.mean([mt.matched_kappa(*pair) for pair in zip(stated, p, strict=True)]) < 0.1
     # two groups, one threshold each: every row is decided by the other group's
-    stated, p = [0, 0, 1, 1], [0.1, 0.5, 0.3, 0.9]
-    assert mt.matched_kappa(stated, p, ["a", "b", "a", "b"]) == 0
+    p = np.arange(40) / 40
+    stated, groups = np.arange(40) // 10 % 2, ["a"] * 20 + ["b"] * 20
+    assert mt.matched_kappa(stated, p, groups) == 0 and mt.matched_kappa(stated, p) > 0.2
     p = rng.random(74)
     stated = (p + rng.normal(0, 0.4, 74) > 0.4).astype(int)
     single, mean = ([mt.matched_kappa(stated, p, seed=seed, splits=splits) for seed in range(20)]
@@ -400,9 +401,9 @@ def test_rereading_by_hand():
     """Fails if the second decision is ranked, if a sign is turned, or if a row keeps its own
     explanation in the control."""
     first = [{"label": label} for label in (1, 1, 0, 0)]
-    second = [{"probability": p, "label": int(p >= 0.6)} for p in (0.9, 0.5, 0.1, 0.2)]
+    second = [{"probability": p, "label": int(p >= 0.6)} for p in (0.9, 0.1, 0.5, 0.2)]
     found = mt.rereading(first, second)
-    assert (found["n_reread"], found["reread_auroc"], found["reread_flips"]) == (4, 1, 0.25)
+    assert (found["n_reread"], found["reread_auroc"], found["reread_flips"]) == (4, 0.5, 0.25)
     labels = np.arange(200) % 2
     records = [{"label": label, "probability": 0.1 + 0.8 * label} for label in labels.tolist()]
     found = mt.rereading(records, records)
