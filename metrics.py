@@ -419,7 +419,7 @@ def calibrate(y, z):
     """
     try:
         slope, bias = calibration_slope(y, sigmoid(z))
-        if slope <= 0:
+        if slope < 1e-6:  # also what rounding leaves of 0, whose temperature would be huge
             raise ValueError(f"the score ranks these rows the wrong way (slope {slope:.3f})")
     except ValueError as error:
         return 1.0, 0.0, f"not calibrated: {error}"

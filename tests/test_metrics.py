@@ -479,6 +479,9 @@ def test_calibration_finds_temperature_and_bias():
     p = mt.sigmoid(z / temperature + bias)
     assert p == pytest.approx(1 / (1 + np.exp(-logit)), abs=0.02)
     assert "wrong way" in mt.calibrate(y, -logit)[2]
+    for seed in range(8):  # both classes have the same scores: the slope is 0, up to rounding
+        same = np.random.default_rng(seed).normal(0, 2, 20)
+        assert mt.calibrate(np.repeat([0, 1], 20), np.tile(same, 2))[:2] == (1.0, 0.0)
     assert "separates" in mt.calibrate(y, y * 2.0 - 1)[2]
 
 
