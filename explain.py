@@ -27,6 +27,7 @@ from plumbing.files import continue_job, sha256_of, write_atomically
 from plumbing.giving_up import (
     counts, cut_off_advice, hold_back_refused, last_refusal, outcomes_of, stop_if_hopeless)
 from plumbing.near_texts import UNSPACED, shingles
+from plumbing.remarks import warn_of_default_question
 from plumbing.script import Help, refuse, run_main
 from plumbing.teachers import LocalTeacher, ServerTeacher, key_of
 from prompts import SYSTEM, add_prompt_arguments, stated_label
@@ -302,6 +303,7 @@ def main(argv=None):
     else:
         teacher = LocalTeacher(args)
         batch_size = args.batch
+    warn_of_default_question(args.question)
     rows_to_ask = without_explanation(rows)
     batches = []
     for start in range(0, len(rows_to_ask), batch_size):

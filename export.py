@@ -53,7 +53,8 @@ def merge(run, base, out):
     if weights[0].name == "model.safetensors":
         left_out.append(INDEX)  # of other files
     for path in base.iterdir():  # config, tokenizer, index, chat template
-        if path.name not in left_out and path.suffix in (".json", ".model", ".jinja", ".txt"):
+        is_wanted = path.suffix in (".json", ".model", ".jinja", ".txt")
+        if is_wanted and path.is_file() and path.name not in left_out:
             shutil.copyfile(path, folder / path.name)
 
     # the score head, and what else a prediction needs; the golden row is that of merged weights

@@ -285,7 +285,7 @@ BEFORE = r"""
 # ... and after it: decoration that ends, and then punctuation, a dash, a new line or nothing
 AFTER = r"""
     [)）\]}"'`“”’«»」』*_]*
-    (?: \s*[.,:;!?…。，、：；！？।؟۔—–]+ (?!\d) | \s+-+(?=\s) | \s*\n | \s*$ )
+    (?: \s*[.,:;!?…。，、：；！？।؟۔،؛—–]+ (?!\d) | \s+-+(?=\s) | \s*\n | \s*$ )
     [)）\]}"'`“”’»」』*_]*
 """
 
@@ -391,7 +391,8 @@ def add_prompt_arguments(parser):
     add = parser.add_argument_group("the prompt").add_argument
     add("--labels", nargs=2, default=["no", "yes"], metavar=("ZERO", "ONE"),
         help="the words of class 0 and class 1")
-    add("--format", choices=FRAMES, help="chat frame (default: by the tokenizer's special tokens)")
+    add("--format", choices=FRAMES, metavar="FRAME", help=f"chat frame, one of {', '.join(FRAMES)} "
+        "(default: by the tokenizer's special tokens)")
     add("--max-prompt", type=int, default=1024, help="tokens; the middle of a longer text is cut")
     add("--max-answer", type=int, default=256,
         help="most tokens of an answer; a longer one in training data is an error")

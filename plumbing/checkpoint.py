@@ -185,10 +185,11 @@ def missing_because(folder, name):
         if os.path.abspath(folder) == DEFAULT_MODEL:
             return ("no such folder; `python examples/smollm2.py` makes it, "
                     "or --model names the folder of another model")
-        if re.fullmatch(r"(?!models/|runs/)\w[\w.-]*/[\w.-]+", folder):
+        hub_id = folder.rstrip("/")
+        if re.fullmatch(r"(?!models/|runs/)\w[\w.-]*/[\w.-]+", hub_id):
             target = f"models/{Path(folder).name}"
             return ("no such folder; if it is a model on the Hugging Face hub, "
-                    f"`hf download {folder} --local-dir {target}` gets it for --model {target}")
+                    f"`hf download {hub_id} --local-dir {target}` gets it for --model {target}")
         return "no such folder"
 
     # another kind of folder

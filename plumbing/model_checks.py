@@ -7,6 +7,7 @@ import sys
 from safetensors import safe_open
 
 from plumbing.checkpoint import check_no_adapter, checkpoint_files, tensors_in
+from plumbing.script import printable
 
 
 def missing_tokens(frame, tokenizer):
@@ -154,13 +155,13 @@ def warn_of_template(prompts, frames):
     if problem is None:
         return
 
-    advice = "--format names another"
+    advice = "no other --format follows it"
     for name, frame in frames.items():
         follows = marks(frame) and all(map(chat.has, marks(frame)))
         if follows and name != prompts.format and not missing_tokens(frame, prompts.tokenizer):
             advice = f"--format {name} does"
             break
-    print(f"warning: {problem}; {advice}", file=sys.stderr)
+    print(printable(f"warning: {problem}; {advice}"), file=sys.stderr)
 
 
 def marks(frame):

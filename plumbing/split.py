@@ -32,7 +32,7 @@ def split_valid(rows, fraction, seed):
     rng = np.random.default_rng(seed)
     for _ in range(100):
         order = rng.permutation(len(groups)).tolist()
-        chosen = choose_groups(sizes, order, wanted)
+        chosen = choose_groups(sizes, order, wanted, totals)
         counts = count_classes(row for index in chosen for row in groups[index])
 
         has_both = all(0 < count < total for count, total in zip(counts, totals, strict=True))
@@ -53,10 +53,12 @@ def split_valid(rows, fraction, seed):
     return train, valid
 
 
-def choose_groups(sizes, order, wanted):
+def choose_groups(sizes, order, wanted, totals):
     """The numbers of the groups that are taken in this order: the first, and what brings us nearer.
 
-    sizes: (rows of class 0, rows of class 1) of each group; wanted: of all that are taken.
+    A group that would be too much is passed over: twice the wanted rows, or all rows of a class.
+    sizes: (rows of class 0, rows of class 1) of each group; wanted: of all that are taken; totals:
+    of all groups.
     """
     chosen = []
     zeros = 0
@@ -67,6 +69,10 @@ def choose_groups(sizes, order, wanted):
             break
         more_zeros = zeros + sizes[index][0]
         more_ones = ones + sizes[index][1]
+        too_many = more_zeros + more_ones > 2 * sum(wanted)
+        leaves_none = more_zeros == totals[0] or more_ones == totals[1]
+        if too_many or leaves_none:
+            continue
         new_distance = math.dist((more_zeros, more_ones), wanted)
         if new_distance <= distance:
             chosen.append(index)

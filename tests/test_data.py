@@ -207,6 +207,21 @@ def test_the_split_comes_nearest_to_the_fraction_of_each_class(fraction, rows, c
             assert {row["label"] for row in side} == {0, 1}
 
 
+@pytest.mark.parametrize("fraction, sizes", [
+    (0.2, [(143, 139), (26, 1), (0, 21), (177, 21)]),  # the group that is taken first is too large
+    (0.3, [(33, 8), (34, 25), (251, 0), (28, 6)]),  # what comes nearest has all rows of class 1
+])
+def test_a_split_that_can_be_is_found(fraction, sizes):
+    """Fails if a group is taken that leaves no way out, though one without it is left."""
+    rows = []
+    for number, counts in enumerate(sizes):
+        for label, count in enumerate(counts):
+            rows += [{"id": 1, "label": label, "group": f"g{number}"}] * count
+    for seed in range(5):
+        _, valid = split_valid(rows, fraction, seed)
+        assert fraction / 2 <= len(valid) / len(rows) <= 2 * fraction
+
+
 @pytest.mark.parametrize("rows, words", [
     (grouped(50, 50, 50, 50), r"takes 10 to 40 rows .* the largest is group 'g0' \(50 rows\)"),
     (grouped(195, 5), r"takes 10 to 40 rows .* the largest is group 'g0' \(195 rows\)"),

@@ -269,7 +269,10 @@ def test_a_server_explains_rows_in_order_and_drops_none(server, tmp_path, rows, 
     assert "sk-secret" not in "".join(screen) + "".join(p.read_text() for p in tmp_path.iterdir())
     ones = [sum(row["label"] for row in side) for side in (kept, rows[:-1])]
     assert f"yes: {ones[0]} of {ones[1]} rows" in screen.out and len(kept) > 35
-    assert "text alone: 1.000" in screen.out and "warning" not in screen.out
+    assert "text alone: 1.000" in screen.out
+    assert re.findall("warning: .*", screen.out) == [
+        "warning: the question is the default one, 'Is the answer yes for the following text?'; "
+        "--question sets yours"]
 
 
 def test_what_is_temporary_is_tried_again(server, tmp_path, monkeypatch):

@@ -32,8 +32,9 @@ def test_a_merged_folder_is_the_same_model(rows, run, tmp_path):
 
 def test_a_merged_folder_has_no_adapter_and_no_stale_index(run, tiny, tmp_path):
     """Fails if peft's file, or an index of other files, comes along from the base: transformers
-    would look for an adapter to load on top, and others for the files."""
+    would look for an adapter to load on top, and others for the files. A folder in it is left."""
     base = shutil.copytree(tiny, tmp_path / "base")
+    (base / "notes.txt").mkdir()
     (base / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     merge(run, base, tmp_path / "shards")
     assert (tmp_path / "shards" / "model.safetensors.index.json").exists()

@@ -182,7 +182,7 @@ def test_the_frame_is_the_models_own_chat_template(name, tmp_path, capsys):
 @pytest.mark.parametrize("shape, added, template, format, words", [
     ("prepend", SENTENCE_PIECE, LLAMA2, None, "plain does not follow; --format llama2 does"),
     ("prepend", SENTENCE_PIECE, MISTRAL_V1, None, "--format mistral-v1 does"),
-    ("prepend", SENTENCE_PIECE, "<|user|>\n{{ messages }}", None, "--format names another"),
+    ("prepend", SENTENCE_PIECE, "<|user|>\n{{ messages }}", None, "no other --format follows it"),
     ("prepend", SENTENCE_PIECE, MISTRAL_V1, "llama2", "no <<SYS>>; --format mistral-v1 does"),
     ("bytes", ("<s>", "<|im_start|>", "<|im_end|>"), "{{ bos_token }}" + CHATML, "chatml",
      "begins with <s>; --format chatml-bos does"),

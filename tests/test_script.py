@@ -18,11 +18,15 @@ import train
 from plumbing.script import Help
 
 @pytest.mark.parametrize("script", [train, data, evaluation, explain, predict, export])
-def test_help_says_a_default_once_or_not_at_all(script, capsys):
-    """Fails if a flag without a default shows None or False, or if one shows it twice."""
+def test_help_says_a_default_once_or_not_at_all(script, capsys, monkeypatch):
+    """Fails if a flag without a default shows None or False, if one shows it twice, or if a line
+    does not fit the terminal."""
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
         script.main(["--help"])
-    shown = " ".join(capsys.readouterr().out.split())
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    shown = " ".join(" ".join(lines).split())
     assert not re.search(r"None|False|\['", shown)
     for line in re.split(r"(?= --\w)", shown):
         assert line.count("default:") <= 1, line
