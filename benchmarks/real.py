@@ -423,7 +423,7 @@ def clock():
 
 
 def commit():
-    """The commit of the code, with a mark if a tracked file has changed since."""
+    """The commit of the code, with a mark if a tracked file has changed since; "" without git."""
     def git(*words):
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip()
