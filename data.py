@@ -65,7 +65,7 @@ def encode_rows(rows, prompts, answers=True, refuse=True):
             answer = prompts.answer(row["label"], row["explanation"])
         if refuse and len(answer) > prompts.max_answer:
             raise ValueError(f"row {row['id']!r}: the answer takes {len(answer)} tokens, "
-                             f"max-answer is {prompts.max_answer}")
+                             f"--max-answer is {prompts.max_answer}: give a larger one")
 
         examples.append(Example(row["id"], prompt, answer, row.get("label"), tokens_cut))
     return examples

@@ -239,7 +239,7 @@ class Prompts:
                 own.append(index)
         if surplus >= len(own):
             least = self.max_prompt + surplus - len(own)
-            raise ValueError(f"max-prompt {self.max_prompt} leaves no room for the text: "
+            raise ValueError(f"--max-prompt {self.max_prompt} leaves no room for the text: "
                              f"frame and question alone take {least} tokens")
 
         # ... and a gap in their middle makes it as long as it may be
