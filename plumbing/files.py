@@ -77,7 +77,8 @@ def continue_job(part, about, units, work, in_order=map, overwrite=False):
     lines = []
     if part.exists() and not overwrite:
         lines = part.read_bytes().split(b"\n")[:-1]  # the last piece is empty, or cut by the stop
-    if lines and lines[0] != first_line:
+    holds_results = len(lines) > 1  # else nothing is lost
+    if holds_results and lines[0] != first_line:
         raise ValueError(f"{part} was begun with other arguments or other data; "
                          "delete it to start anew")
 

@@ -42,12 +42,17 @@ def test_a_job_continues_from_any_byte(tmp_path):
 
 
 def test_a_job_of_another_kind_is_refused(tmp_path):
-    """Fails if results of other arguments are taken for these, or cannot be replaced when asked."""
+    """Fails if results of other arguments are taken for these, or cannot be replaced when asked, or
+    if a file without results is refused."""
     part = tmp_path / "x.part"
     list(continue_job(part, {"seed": 1}, [1, 2], str))
     with pytest.raises(ValueError, match="x.part was begun with other arguments"):
         list(continue_job(part, {"seed": 2}, [1, 2], str))
     assert list(continue_job(part, {"seed": 2}, [1], repr, overwrite=True)) == ["1"]
+
+    # but a job that failed before its first result may be given other arguments
+    part.write_text('{"endpoint": "wrong"}\n')
+    assert list(continue_job(part, {"endpoint": "right"}, [1], repr)) == ["1"]
 
 
 def test_a_damaged_job_is_refused_by_name(tmp_path):
