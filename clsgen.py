@@ -154,24 +154,24 @@ def joint_loss(z, y, logits, targets, n_examples, n_tokens):
     }
 
 
-def label_loss(logits, batch, label_ids, over, n_examples):
-    """One more term for plain generative fine-tuning: the label's token, as a mean over examples.
+def label_loss(logits, batch, label_ids, over, n_answers):
+    """One more term for plain generative fine-tuning: the label's token, as a mean over answers.
 
     In the LM loss this token is one of n; here it weighs as much as the BCE does. That is the
     comparison that asks what the score head adds.
 
     logits (A, V) of the batch's answer tokens. over: "vocabulary", the cross-entropy over all V
-    tokens, or "words", over the two label words only. n_examples: of the whole step.
+    tokens, or "words", over the two label words only. n_answers: of the whole step.
     """
     place, no, yes = first_difference(label_ids)
     label_positions = batch.prompt_end[batch.answer_rows] + place  # (A,)
     is_label = batch.answer_positions == label_positions
-    logits = logits[is_label].float()  # (B, V), if every row has an answer
+    logits = logits[is_label].float()  # (rows of the batch that have an answer, V)
     targets = batch.targets[is_label]
     if over == "words":
         logits = logits[:, [no, yes]]
         targets = (targets == yes).long()
-    return F.cross_entropy(logits, targets, reduction="sum") / n_examples
+    return F.cross_entropy(logits, targets, reduction="sum") / max(n_answers, 1)
 
 
 def total_loss(terms, weights):

@@ -136,7 +136,6 @@ class Prompts:
         self.format = format
         self.max_prompt = max_prompt  # tokens
         self.max_answer = max_answer  # tokens, the end of turn included
-
         self.vocab_size = config.get("vocab_size", math.inf)
 
         # The frame as token ids. Without special tokens nothing stands before its text, which is

@@ -161,8 +161,6 @@ def train_step(model, optimizer, examples, share, args, prompts, device, ranks):
     the peak learning rates. ValueError for a loss or a gradient that is not finite, before any
     parameter changes.
     """
-    n_examples = len(examples)
-    n_tokens = count_answer_tokens(examples)
     losses = {}
 
     mine = examples[ranks.rank :: ranks.count]
@@ -171,7 +169,7 @@ def train_step(model, optimizer, examples, share, args, prompts, device, ranks):
         batch = collate(micro, device)
         is_last = micro is micros[-1]
         with nullcontext() if is_last else ranks.no_sync(model):  # gradients are shared once a step
-            _, terms = forward(model, batch, n_examples, n_tokens, args, prompts)
+            _, terms = forward(model, batch, examples, args, prompts)
             loss = total_loss(terms, loss_weights(args))
             if not loss.isfinite():
                 raise ValueError(f"the loss is {loss.item()}; rows: {ids_of(micro)}")
@@ -193,12 +191,17 @@ def train_step(model, optimizer, examples, share, args, prompts, device, ranks):
     return losses
 
 
-def forward(model, batch, n_examples, n_tokens, args, prompts):
-    """(z (B,), the loss terms by name) of a batch. The two counts are those of the whole step."""
+def forward(model, batch, examples, args, prompts):
+    """(z (B,), the loss terms by name) of a batch, each term its part of a mean over `examples`.
+
+    examples: all of the optimizer step or of the validation, of which the batch is a part.
+    """
     z, logits = model(batch)
-    terms = joint_loss(z, batch.labels, logits, batch.targets, n_examples, n_tokens)
+    n_tokens = count_answer_tokens(examples)
+    terms = joint_loss(z, batch.labels, logits, batch.targets, len(examples), n_tokens)
     if args.label_loss:
-        terms["label"] = label_loss(logits, batch, prompts.label_ids, args.label_loss, n_examples)
+        n_answers = sum(bool(example.answer) for example in examples)
+        terms["label"] = label_loss(logits, batch, prompts.label_ids, args.label_loss, n_answers)
     return z, terms
 
 
@@ -263,19 +266,18 @@ def copies(parameters):
 @torch.inference_mode()
 def validate(model, examples, size, args, prompts, device):
     """(the loss terms and the AUROC by name, uncalibrated logits z (N,)) of all examples."""
-    n_tokens = count_answer_tokens(examples)
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
     measured = {}
     all_z = np.zeros(len(examples))
     for start in range(0, len(order), size):
         indices = order[start : start + size]
         batch = collate([examples[i] for i in indices], device)
-        z, terms = forward(model, batch, len(examples), n_tokens, args, prompts)
+        z, terms = forward(model, batch, examples, args, prompts)
         for name, term in terms.items():
             measured[name] = measured.get(name, 0.0) + term.item()
         all_z[indices] = z.cpu()
 
-    if n_tokens == 0:
+    if count_answer_tokens(examples) == 0:
         measured["lm"] = None  # nothing was measured
     measured["auroc"] = auroc([example.label for example in examples], sigmoid(all_z))
     return measured, all_z

@@ -152,6 +152,18 @@ def test_validation_without_explanations_has_no_lm_loss(tiny):
     assert measured["lm"] is None and measured["bce"] > 0 and z.shape == (4,)
 
 
+def test_the_label_loss_of_validation_is_a_mean_over_the_rows_with_an_answer(tiny):
+    """Fails if rows without an explanation, which have no label's token, make it look lower."""
+    prompts = Prompts(tiny)
+    model = CLSGen(add_lora(load_llama(tiny, torch.float32), 2, 4.0))
+    args = parse(["--data", "rows.jsonl", "--cls-weight", "0", "--label-loss", "words"])
+    answered = [Example(i, [3, 4, 5], prompts.answer(i % 2, "So."), i % 2, 0) for i in range(4)]
+    bare = [Example(i, [3, 4, 5], [], i % 2, 0) for i in range(4, 8)]
+    few, _ = validate(model, answered, 2, args, prompts, torch.device("cpu"))
+    all_rows, _ = validate(model, answered + bare, 2, args, prompts, torch.device("cpu"))
+    assert all_rows["label"] == pytest.approx(few["label"], rel=1e-5)
+
+
 def test_keep_best_keeps_the_best_validation(tiny, rows_file, tmp_path, monkeypatch):
     """Fails if the last step is kept all the same, or the worst; or its weights are not those."""
     script, weights = [0.6, 0.4, 0.5, 0.3, 0.7, 0.9, 0.8], []
