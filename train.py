@@ -362,8 +362,8 @@ def finish(args, model, prompts, rows, z, base_rate, step):
         print(f"warning: {warning}")
     print(table(columns, ("auroc", "f1", "log_loss", "ece", "ece_floor")))
 
-    first_middle_last = [rows[0], rows[len(rows) // 2], rows[-1]]
-    for record in run.predict(first_middle_last):
+    first_middle_last = {0, len(rows) // 2, len(rows) - 1}  # of two rows, two of them are the same
+    for record in run.predict([rows[i] for i in sorted(first_middle_last)]):
         stated = "nothing"
         if record["stated_label"] is not None:
             stated = prompts.labels[record["stated_label"]]

@@ -137,6 +137,15 @@ def test_a_random_head_starts_elsewhere_by_the_seed(tiny, rows_file, tmp_path):
     assert 0.01 < heads[0].std() < 0.03
 
 
+def test_two_validation_rows_are_shown_once_each(tiny, rows, tmp_path, capsys):
+    """Fails if the middle row of two is shown again as the last one."""
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    valid = write_rows(tmp_path / "valid.jsonl", [rows[0], rows[1]])
+    assert rows[0]["label"] != rows[1]["label"]
+    main(arguments(tiny, data, tmp_path / "run", "--valid", valid, "--epochs", 0.1))
+    assert capsys.readouterr().out.count("probability 0.") == 2
+
+
 def test_label_only_rows_have_no_place_in_lm_only_training(tiny, rows_file, tmp_path):
     """Fails if --cls-weight 0 silently trains on fewer rows than it was given."""
     with pytest.raises(ValueError, match="rows have none, the first is"):
