@@ -1,5 +1,8 @@
 """Causal attention behind one name, `attend`: PyTorch's fused kernels, or by hand where faster.
 
+The fused kernels need no mask for plain causal attention. With a mask, and with heads that share
+keys, PyTorch has no fused kernel on a GPU: it copies the keys out to every head, in float32.
+
 Notation: B rows, T queries, S keys; H heads and K key/value heads (H / K heads share one), each of
 size E.
 """
@@ -23,23 +26,36 @@ def attend(q, k, v, mask):
 
     mask: what `causal_mask` gives. None means plain causal attention, T = S.
     """
-    # On a CPU `causal_mask` has made the choice: with a mask it is done by hand
-    if mask is None or q.device.type != "cpu":
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    if mask is None:  # `causal_mask` has made the choice
+        if not fused_kernel_shares_keys(q):
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+            v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     if mask.shape[-1] > MOST_KEYS_KEPT:
         return recomputed(attend_by_hand, q, k, v, mask)
     return attend_by_hand(q, k, v, mask)
 
 
-def causal_mask(positions, is_prompt, window, dtype):
+def fused_kernel_shares_keys(q):
+    """Whether the fused kernel for q takes fewer key heads than query heads.
+
+    On a GPU this is flash attention, which is for 16-bit numbers and for Ampere (2020) or later.
+    The other fused kernel needs one key head for each query head.
+    """
+    if q.device.type != "cuda":
+        return True
+    return q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def causal_mask(positions, n_keys, is_prompt, window, dtype):
     """0 where a token may look and -inf elsewhere, (B or 1, 1, T, S), to be added to the scores.
 
-    None leaves it to PyTorch's causal attention, which needs no mask; on a CPU this is done only
-    for a prompt that is too long to be done by hand.
+    None leaves it to PyTorch's causal attention, which needs no mask. That is for prompts: on a
+    CPU only for one that is too long to be done by hand.
 
-    positions (B or 1, T) of the queries; is_prompt: they are the first tokens of their rows, so
-    there are no earlier keys; window: how many tokens a token sees, itself included, or None.
+    positions (B or 1, T) of the queries, among keys at the positions 0 to S - 1; n_keys: S;
+    is_prompt: the queries are the first tokens of their rows, so that there are no earlier keys;
+    window: how many tokens a token sees, itself included, or None.
     """
     if window is None:
         window = math.inf
@@ -48,7 +64,7 @@ def causal_mask(positions, is_prompt, window, dtype):
     if is_prompt and not by_hand and n_queries <= window:
         return None
 
-    keys = torch.arange(int(positions.max()) + 1, device=positions.device)  # (S,)
+    keys = torch.arange(n_keys, device=positions.device)  # (S,)
     distance = positions[:, None, :, None] - keys  # (B or 1, 1, T, S)
     unseen = (distance < 0) | (distance >= window)
     mask = torch.zeros(distance.shape, dtype=dtype, device=positions.device)
@@ -56,7 +72,7 @@ def causal_mask(positions, is_prompt, window, dtype):
 
 
 def attend_by_hand(q, k, v, mask):
-    """The same as PyTorch's attention, on a CPU in about half of its time (see docs/speed.md).
+    """The same as PyTorch's attention with a mask, but faster (see docs/speed.md).
 
     The heads that share keys are rows of one product, and a block of queries meets only the keys up
     to its last query.
