@@ -275,14 +275,18 @@ class Reading:
 
         room: how many tokens may follow a prompt.
         """
-        n_rows, n_tokens = input_ids.shape
+        n_rows, self.n_tokens = input_ids.shape
         self.model = model
         self.llama = model.model
         self.prompt_end = prompt_end
         # This call fills the cache. Later ones give positions, and see the keys up to their own
-        self.cache = self.llama.new_cache(n_rows, n_tokens + room)
+        self.cache = self.llama.new_cache(n_rows, self.n_tokens + room)
         self.hidden = self.llama(input_ids, self.cache)  # (B, T, D)
         self.h_P = states_at(self.hidden, prompt_end)  # (B, D), which predicts the next token
+
+    def cache_for(self, n_new):
+        """The part of the cache that holds the prompts and up to n_new tokens after each."""
+        return self.cache[..., : self.n_tokens + n_new, :]
 
     @torch.inference_mode()
     def z(self):
@@ -303,7 +307,7 @@ class Reading:
             # The last token is not run: what it predicts is not asked for
             steps = torch.arange(1, len(ids), device=tokens.device)
             positions = self.prompt_end[:, None] + steps
-            more = self.llama(tokens[:, :-1], self.cache, positions)
+            more = self.llama(tokens[:, :-1], self.cache_for(len(ids) - 1), positions)
             hidden = torch.cat((hidden, more), dim=1)  # (B, n, D)
 
         log_p = self.llama.logits(hidden).float().log_softmax(-1)  # (B, n, V)
@@ -328,15 +332,15 @@ class Reading:
             for row, opening in enumerate(openings):
                 if n_written < len(opening):
                     tokens[row] = opening[n_written]
-            tokens[stopped] = stop_ids[0]
+            tokens = torch.where(stopped, stop_ids[0], tokens)
             yield tokens
 
             stopped |= torch.isin(tokens, stop_ids)
-            if stopped.all() or n_written + 1 == max_tokens:
+            if stopped.all() or n_written + 1 == max_tokens:  # a GPU is waited for here alone
                 return
             # Each row's own positions: a new key overwrites a pad, and the mask hides later ones
             positions = self.prompt_end[:, None] + 1 + n_written
-            last = self.llama(tokens[:, None], self.cache, positions)[:, 0]
+            last = self.llama(tokens[:, None], self.cache_for(n_written + 1), positions)[:, 0]
 
 
 def choose_token(logits, temperature=0.0, top_p=1.0, generator=None):

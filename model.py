@@ -143,16 +143,20 @@ class Llama(nn.Module):
 
         Rows are padded on the right, so that the causal mask alone keeps a token from seeing pads.
         With a cache of `new_cache`: the first call takes the prompts, later calls take the tokens
-        that follow and their positions (B, T).
+        that follow and their positions (B, T). A later call reads all of the cache that it gets,
+        so it is faster with cache[..., :n, :], the first n places, if no position is n or more.
         """
         x = self.embed_tokens(input_ids)  # (B, T, D)
         B, T, _ = x.shape
         is_prompt = positions is None
         if is_prompt:
             positions = torch.arange(T, device=x.device)[None]  # (1, T)
+            n_keys = T
+        else:
+            n_keys = cache.shape[-2]
 
         rope = rope_cos_sin(self.config, positions, x.dtype)
-        mask = causal_mask(positions, is_prompt, self.config.sliding_window, x.dtype)
+        mask = causal_mask(positions, n_keys, is_prompt, self.config.sliding_window, x.dtype)
 
         places = (torch.arange(B, device=x.device)[:, None], positions)
         for layer, block in enumerate(self.layers):
