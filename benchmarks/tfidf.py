@@ -65,13 +65,13 @@ def labels(rows):
     return [row["label"] for row in rows]
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True, help="training rows")
     parser.add_argument("--valid", help="rows to calibrate on")
     parser.add_argument("--test", required=True, help="rows to score")
     parser.add_argument("--out", help="metrics and logits, as JSON (default: only printed)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     train = read_rows(args.data)
     test = read_rows(args.test)
