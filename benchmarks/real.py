@@ -78,9 +78,9 @@ SETS = {
                      rows=1500, valid_share=0.05),
     "comve": DataSet("Is the second statement the one against common sense?", 1, seeds=3,
                      max_answer=48, rows=3000, valid_share=0.05),
-    "pubmedqa": DataSet("Is the answer to the question yes?", 3, seeds=3, max_answer=160,
+    "pubmedqa": DataSet("Is the answer to the question yes?", 3, seeds=1, max_answer=160,
                         valid_share=0.2, gpu_rows=4),
-    "clinifact": DataSet("Is the abstract evidence for the claim?", 3, seeds=3, max_answer=160,
+    "clinifact": DataSet("Is the abstract evidence for the claim?", 1, seeds=1, max_answer=160,
                          valid_share=0.15, gpu_rows=4),
 }
 
