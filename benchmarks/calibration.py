@@ -1,9 +1,12 @@
 """Which calibration has the best log loss on other rows, if few rows are there to fit it on?
 
     python benchmarks/calibration.py                           # simulated logits, a minute
-    python benchmarks/calibration.py runs/*/eval/held/predictions.jsonl --out calibration.json
+    python benchmarks/calibration.py benchmarks/results/esnli-*-s?.json --out calibration.json
+    python benchmarks/calibration.py runs/*/eval/held/predictions.jsonl
 
-Each file holds the records of predict.py or eval.py for labelled rows that nothing was fitted on;
+The JSON files are results of benchmarks/real.py: their validation rows and their unused rows are
+taken, never test rows, and the table shows the mean over the runs of each data set. Other files
+hold records of predict.py or eval.py for labelled rows that nothing was fitted on;
 `raw_probability` and `true_label` are read. Rows are drawn again and again: some to fit on, all
 others to score on. Whole groups stay together where the records have a `group`, as eval.py's do.
 With the same draws for all, p = sigmoid(slope z + bias) of the logit z is fitted in six ways:
@@ -28,7 +31,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from metrics import group_numbers, log_loss, sigmoid  # noqa: E402
-from plumbing.files import write_json  # noqa: E402
+from plumbing.files import read_json, write_json  # noqa: E402
 from plumbing.script import refuse, run_main  # noqa: E402
 
 METHODS = ("raw", "temperature", "both", "selected", "shrunk bias", "shrunk both")
@@ -47,23 +50,27 @@ SIMULATED = {  # name: (temperature, bias, separation of the classes, share of p
 
 def main(argv=None):
     args = parse(argv)
-    sources = {}  # {name: (y, z, number of each row's group)}
+    sources = {}  # {name: [(y, z, number of each row's group)]}, of whose runs a mean is shown
     for path in args.predictions:
-        sources.update(read_sources(path))
+        if path.suffix == ".json":
+            data, run = read_result(path)
+            sources.setdefault(data, []).append(run)
+        else:
+            sources.update(read_sources(path))
     if not sources:
-        sources = {name: simulate(*settings) for name, settings in SIMULATED.items()}
+        sources = {name: [simulate(*settings)] for name, settings in SIMULATED.items()}
 
     print("log loss on the rows that were not fitted on, minus that of raw; negative is better\n")
     print(f"| source | rows | {' | '.join(METHODS)} |")
     print("|" + "---|" * (2 + len(METHODS)))
     results = []
-    for name, (y, z, number) in sources.items():
+    for name, runs in sources.items():
         for size in SIZES:
-            if size > len(y) / 2:
+            if size > min(len(y) for y, _, _ in runs) / 2:
                 continue
-            losses = compare(y, z, number, size, args.splits, args.seed)  # (splits, methods)
-            mean = dict(zip(METHODS, losses.mean(axis=0).tolist(), strict=True))
-            results.append({"source": name, "rows": size, "log_loss": mean})
+            losses = [compare(*run, size, args.splits, args.seed) for run in runs]
+            mean = dict(zip(METHODS, np.mean(losses, axis=(0, 1)).tolist(), strict=True))
+            results.append({"source": name, "runs": len(runs), "rows": size, "log_loss": mean})
 
             cells = [f"{mean['raw']:.4f}"]
             for method in METHODS[1:]:
@@ -157,7 +164,7 @@ def log_likelihood(y, z, parameters):
 
 # --- logits and labels ----------------------------------------------------------------------------
 def read_sources(path):
-    """{name: (y, z, group numbers)} of a predictions.jsonl, one for each run that it holds."""
+    """{name: [(y, z, group numbers)]} of a predictions.jsonl, for each run that it holds."""
     records_of_run = {}
     with open(path, encoding="utf-8") as file:
         for line in file:
@@ -173,8 +180,20 @@ def read_sources(path):
         p = np.clip(p, 1e-15, 1 - 1e-15)
         groups = [record.get("group") for record in records]
         z = np.log(p) - np.log1p(-p)
-        sources[f"{path} {run}"] = (y, z, group_numbers(groups, len(records)))
+        sources[f"{path} {run}"] = [(y, z, group_numbers(groups, len(records)))]
     return sources
+
+
+def read_result(path):
+    """(data set, (y, z, group numbers)) of a result of real.py: all rows but the test rows."""
+    result = read_json(path)
+    y = []
+    z = []
+    for name in ("valid", "unused"):
+        rows = result.get(name, {"label": [], "z": []})
+        y += rows["label"]
+        z += rows["z"]
+    return result["data"], (np.array(y, dtype=np.float64), np.array(z), np.arange(len(y)))
 
 
 def simulate(temperature, bias, separation, share, rows=20_000):
