@@ -468,7 +468,7 @@ def test_nothing_to_measure_is_none():
 
 def test_calibration_finds_temperature_and_bias():
     """Fails if temperature multiplies, if the bias is added before the division, or if a fit is
-    made of a score that ranks the wrong way or parts the classes."""
+    made of a score that ranks the wrong way."""
     rng = np.random.default_rng(0)
     logit = rng.normal(0, 2, 20000)
     y = rng.random(20000) < 1 / (1 + np.exp(-logit))
@@ -478,11 +478,33 @@ def test_calibration_finds_temperature_and_bias():
     assert temperature == pytest.approx(3, rel=0.05)
     p = mt.sigmoid(z / temperature + bias)
     assert p == pytest.approx(1 / (1 + np.exp(-logit)), abs=0.02)
-    assert "wrong way" in mt.calibrate(y, -logit)[2]
-    for seed in range(8):  # both classes have the same scores: the slope is 0, up to rounding
-        same = np.random.default_rng(seed).normal(0, 2, 20)
-        assert mt.calibrate(np.repeat([0, 1], 20), np.tile(same, 2))[:2] == (1.0, 0.0)
-    assert "separates" in mt.calibrate(y, y * 2.0 - 1)[2]
+    temperature, bias, sentence = mt.calibrate(y, -logit)
+    assert (temperature, bias) == (1.0, 0.0) and "wrong way (slope -1.000)" in sentence
+    with pytest.raises(ValueError, match="class 0"):
+        mt.calibrate(np.ones(20), logit[:20])
+
+
+def test_few_rows_change_the_probability_little():
+    """Fails without the priors: ten rows of each class, whose scores a cut separates, have no
+    finite fit, and one outlier would turn the score around."""
+    z = np.linspace(-2, 2, 20)
+    y = z > 0
+    temperature, bias, _ = mt.calibrate(y, z)
+    assert 0.4 < temperature < 1 and abs(bias) < 1e-6
+    temperature, bias, _ = mt.calibrate(np.repeat([0, 1], 10), np.tile(z[:10], 2))
+    assert temperature > 1
+
+    # the highest posterior, found by a search
+    def minus_log_posterior(slope, bias):
+        loss = len(y) * mt.log_loss(y, mt.sigmoid(slope * z + bias))
+        return loss + ((slope - 1) ** 2 + bias**2) / (2 * mt.CALIBRATION_PRIOR**2)
+
+    y = np.arange(20) >= 14
+    temperature, bias, _ = mt.calibrate(y, z)
+    best = minus_log_posterior(1 / temperature, bias)
+    for change in (-0.01, 0.01):
+        assert minus_log_posterior(1 / temperature + change, bias) > best
+        assert minus_log_posterior(1 / temperature, bias + change) > best
 
 
 @pytest.mark.parametrize("positives, rows, groups, words", [
