@@ -10,6 +10,10 @@ understates how much seeds vary (by about a fifth); where there is one seed, it 
 A difference of two systems is taken within each draw, so rows and seeds are paired. It counts from
 MARGINS on, which were written down before anything was run. If its interval crosses zero, no
 difference was seen, and the farther end of the interval says how large one could still be.
+
+Probabilities are calibrated here, by metrics.calibrate on the stored validation rows, so that all
+systems have the same calibration whatever version of the code has trained them. Those of the base
+model keep the calibration that they have.
 """
 
 import argparse
@@ -21,10 +25,19 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from metrics import auroc, group_numbers, log_loss, per_token, sigmoid  # noqa: E402
+from metrics import (  # noqa: E402
+    auroc, calibrate, calibrated, calibration_intervals, calibration_slope, ece, ece_floor,
+    group_numbers, log_loss, per_token, sigmoid)
 from plumbing.files import read_json  # noqa: E402
 from plumbing.script import run_main  # noqa: E402
 
+DATA_TITLES = {  # in this order
+    "notes": "notes",
+    "esnli": "e-SNLI",
+    "comve": "ComVE",
+    "pubmedqa": "PubMedQA",
+    "clinifact": "CliniFact",
+}
 TITLES = {  # system or scorer: its line, in this order
     "majority": "majority",
     "TF-IDF, words": "bag of words",
@@ -33,13 +46,14 @@ TITLES = {  # system or scorer: its line, in this order
     "zero-shot stated confidence": "zero-shot stated confidence",
     "cls-only": "cls-only",
     "lm-only": "LM-only",
-    "lm-only-vocabulary": "LM-only, label loss (a) over the vocabulary",
-    "lm-only-words": "LM-only, label loss (b) between the label words",
+    "lm-only-vocabulary": "LM-only, label loss over the vocabulary",
+    "lm-only-words": "LM-only, label loss between the label words",
     "clsgen-random": "CLSGen, random head",
     "clsgen-label-words": "CLSGen, from the label words",
 }
-OURS = ("clsgen-label-words", "clsgen-random")
-METRICS = {"auroc": "AUROC", "log_loss": "log loss", "text_nll": "text NLL"}
+OURS = "clsgen-label-words"
+TRAINED = ("cls-only", "lm-only", "lm-only-vocabulary", "lm-only-words", "clsgen-random", OURS)
+METRICS = {"auroc": "AUROC", "log_loss": "log loss", "text_nll": "reference loss"}
 MARGINS = {"auroc": 0.02, "log_loss": 0.03, "text_nll": 0.05}  # the last is a share
 
 
@@ -50,9 +64,10 @@ class Scores:
     y: np.ndarray  # (N,)
     groups: list  # N
     p: np.ndarray  # (N,) calibrated
+    raw_p: np.ndarray | None = None  # (N,) before calibration
     sums: np.ndarray | None = None  # (N, 2) see metrics.per_token; None: it writes no text
     metrics: dict | None = None  # of eval.json
-    minutes: float | None = None  # of training and evaluation
+    swapped_p: np.ndarray | None = None  # (N,) calibrated, of the pairs in the other order
 
     def measure(self, rows):
         """{metric: value} on some rows. ValueError if a class is missing."""
@@ -73,27 +88,34 @@ def main(argv=None):
     results = read_results(args.results)
     if not results:
         raise ValueError(f"{args.results} has no result of benchmarks/real.py")
+
+    systems = {}  # {data set: {system: its Scores, one a seed}}
+    draws = {}  # {data set: {system: {metric: its values}}}
     for data, of_data in results.items():
-        systems = scores_of(of_data)
-        draws = draw(systems, args.draws)
-        print_systems(data, systems, draws, of_data)
-        for system in OURS:
-            if system in systems:
-                print_differences(system, systems, draws)
-        print_apart(of_data)
+        systems[data] = scores_of(of_data)
+        draws[data] = draw(systems[data], args.draws)
+        print_systems(data, systems[data], draws[data], of_data)
+
+    for name in METRICS:
+        print_differences(name, systems, draws)
+    print_calibration(systems)
+    print_rereading(systems)
+    for data in systems:
+        print_swapped(data, systems[data])
+    print_unseen(results)
 
 
 # --- reading --------------------------------------------------------------------------------------
 def read_results(folder):
     """{data set: its results, ordered by seed}. Other JSON files of the folder are left out."""
-    results = {}
+    results = {data: [] for data in DATA_TITLES}
     for path in sorted(folder.glob("*.json")):
         result = read_json(path)
         if {"data", "system", "test"} <= result.keys():
-            results.setdefault(result["data"], []).append(result)
+            results[result["data"]].append(result)
     for of_data in results.values():
         of_data.sort(key=lambda result: result["seed"] or 0)
-    return results
+    return {data: of_data for data, of_data in results.items() if of_data}
 
 
 def scores_of(results):
@@ -109,24 +131,35 @@ def scores_of(results):
 
 
 def baseline_scores(result, scorer):
+    """Scores of majority, or of a bag of words."""
     rows = result["test"]
     y = np.array(rows["label"])
     p = np.full(len(y), result["base_rate"])
-    if f"{scorer}: calibrated_z" in rows:
-        p = sigmoid(np.array(rows[f"{scorer}: calibrated_z"]))
+    if f"{scorer}: z" in rows:
+        valid = result["valid"]
+        temperature, bias, _ = calibrate(valid["label"], valid[f"{scorer}: z"])
+        p = calibrated(rows[f"{scorer}: z"], temperature, bias)
     return Scores(y, rows.get("group"), p, metrics=result["metrics"][scorer])
 
 
 def run_scores(result):
+    """Scores of a trained run, or of the base model."""
     rows = result["test"]
-    seconds = sum(cost["seconds"] for cost in result["costs"].values())
+    p = sigmoid(np.array(rows["calibrated_z"]))
+    swapped_p = None
+    if "valid" in result:
+        temperature, bias, _ = calibrate(result["valid"]["label"], result["valid"]["z"])
+        p = calibrated(rows["z"], temperature, bias)
+        if "swapped" in result:
+            swapped_p = calibrated(result["swapped"]["z"], temperature, bias)
     return Scores(
         y=np.array(rows["label"]),
         groups=rows.get("group"),
-        p=sigmoid(np.array(rows["calibrated_z"])),
+        p=p,
+        raw_p=sigmoid(np.array(rows["z"])),
         sums=np.stack((rows["nll"], rows["tokens"]), axis=1),
-        metrics=own_metrics(result),
-        minutes=seconds / 60,
+        metrics={**own_metrics(result), "text_flips": result.get("swapped", {}).get("text_flips")},
+        swapped_p=swapped_p,
     )
 
 
@@ -181,26 +214,22 @@ def means(seeds):
     return mean_of(seeds, np.arange(len(seeds[0].y)))
 
 
-def verdict(name, value, low, high):
-    """A difference in words. name: the metric; low, high: its interval."""
-    if low <= 0 <= high:
-        return f"no difference larger than {number(max(-low, high))} was seen"
-    word = "higher" if value > 0 else "lower"
-    if abs(value) < MARGINS[name]:
-        return f"{word}, by less than the margin"
-    return word
+def counts(name, value, low, high):
+    """Whether a difference in a metric is one: see MARGINS. low, high: its interval."""
+    return abs(value) >= MARGINS[name] and not low <= 0 <= high
 
 
 # --- printing -------------------------------------------------------------------------------------
 def print_systems(data, systems, draws, results):
-    hardware = {result["hardware"]["processor"] for result in results}
-    commits = {cost["commit"][:7] for result in results for cost in result["costs"].values()}
+    """What each system gives on one data set."""
     first = next(iter(systems.values()))[0]
-    print(f"\n## {data}\n\n{len(first.y)} test rows; {', '.join(sorted(hardware))}; "
+    machines = {machine(result) for result in results}
+    commits = {cost["commit"][:7] for result in results for cost in result["costs"].values()}
+    print(f"\n### {DATA_TITLES[data]}\n\n{len(first.y)} test rows; {', '.join(sorted(machines))}; "
           f"commit {', '.join(sorted(commits))}\n")
 
-    print_line("system", "seeds", *METRICS.values(), "states a label", "minutes")
-    print_line(*["---"] * 7)
+    print_line("system", "seeds", *METRICS.values(), "states a label", "kappa", "repetition")
+    print_line(*["---"] * 8)
     for system, seeds in systems.items():
         cells = [TITLES[system], str(len(seeds))]
         values = means(seeds)
@@ -209,8 +238,8 @@ def print_systems(data, systems, draws, results):
             if name in values:
                 cell = with_interval(values[name], *interval(draws[system][name]))
             cells.append(cell)
-        cells.append(mean_cell([scores.metrics.get("parsable") for scores in seeds], 2))
-        cells.append(mean_cell([scores.minutes for scores in seeds], 0))
+        for key in ("parsable", "kappa_matched", "rep_4"):
+            cells.append(mean_cell([scores.metrics.get(key) for scores in seeds], 2))
         print_line(*cells)
 
     # it is not in the rows' numbers, so its interval is that of eval.py: rows alone
@@ -221,52 +250,126 @@ def print_systems(data, systems, draws, results):
             for name in ("auroc", "log_loss"):
                 limits = stated["intervals"][name] or (None, None)
                 cells.append(with_interval(stated[name], *limits))
-            print_line(*cells, "", "", "")
+            print_line(*cells, "", "", "", "")
 
 
-def print_differences(ours, systems, draws):
-    print(f"\n{TITLES[ours]}, minus\n")
-    print_line("system", "AUROC", "log loss", "text NLL, as a share of the other's")
-    print_line(*["---"] * 4)
-    for system, seeds in systems.items():
-        if system == ours:
-            continue
-        cells = [TITLES[system]]
-        own = means(systems[ours])
-        other = means(seeds)
-        for name in METRICS:
-            cell = ""
-            if name in own and name in other:
-                value = difference(name, own[name], other[name])
-                low, high = interval(difference(name, draws[ours][name], draws[system][name]))
-                cell = f"{with_interval(value, low, high)}: {verdict(name, value, low, high)}"
-            cells.append(cell)
-        print_line(*cells)
+def machine(result):
+    """What a result was made on."""
+    hardware = result["hardware"]
+    return hardware.get("gpu", hardware["processor"])
+
+
+def print_differences(name, systems, draws):
+    """Our system minus each other one in one metric, a column for each data set."""
+    unit = ", as a share of the other's" if name == "text_nll" else ""
+    print(f"\n### {METRICS[name]} of {TITLES[OURS]}, minus that of another system{unit}\n")
+    with_ours = [data for data in systems if OURS in systems[data]]
+    print_line("the other system", *[DATA_TITLES[data] for data in with_ours])
+    print_line(*["---"] * (1 + len(with_ours)))
+    for system in TITLES:
+        cells = []
+        for data in with_ours:
+            cells.append("")
+            if system in systems[data] and name in draws[data][system]:
+                value = difference(
+                    name, means(systems[data][OURS])[name], means(systems[data][system])[name])
+                low, high = interval(difference(
+                    name, draws[data][OURS][name], draws[data][system][name]))
+                cells[-1] = with_interval(value, low, high)
+                if counts(name, value, low, high):
+                    cells[-1] = f"**{cells[-1]}**"
+        if any(cells) and system != OURS:
+            print_line(TITLES[system], *cells)
 
 
 def difference(name, own, other):
-    """Own minus other; of the text NLL as a share of the other."""
+    """Own minus other; of the reference loss as a share of the other."""
     if name == "text_nll":
         return own / other - 1
     return own - other
 
 
-def print_apart(results):
-    """Test groups that training has not seen, and pairs in the other order, one line a run."""
-    for result in results:
-        title = f"{TITLES.get(result['system'])}, seed {result['seed']}"
-        unseen = result.get("unseen_groups")
-        if unseen and unseen["metrics"]:
-            found = unseen["metrics"]
-            limits = found["intervals"]["auroc"] or (None, None)  # None: all are of one group
-            print(f"\n{title}: {unseen['n']} rows of groups that training has not seen: AUROC "
-                  f"{with_interval(found['auroc'], *limits)}")
-        swapped = result.get("swapped")
-        if swapped:
-            print(f"\n{title}: swapped pairs: mean |p + p' - 1| "
-                  f"{number(swapped['sum_error'])}, decisions that flip "
-                  f"{number(swapped['decision_flips'])}, texts that change sides "
-                  f"{number(swapped['text_flips'])}")
+def print_calibration(systems):
+    """Intercept, slope and ECE, raw and calibrated: means over the seeds.
+
+    An interval is the mean of the seeds' intervals, which are those of rows alone.
+    """
+    print("\n### Calibration, raw and then calibrated\n")
+    print_line("set and system", "", "intercept", "slope",
+               "calibration error (of a perfect p: mean, 95 %)", "log loss")
+    print_line(*["---"] * 6)
+    for data, of_data in systems.items():
+        for system in TRAINED:
+            if system not in of_data:
+                continue
+            for kind in ("raw", "calibrated"):
+                found = [calibration_of(scores, kind) for scores in of_data[system]]
+                slope, slope_low, slope_high, intercept, low, high, error, floor, q95, loss = (
+                    np.mean(found, axis=0))
+                print_line(
+                    f"{DATA_TITLES[data]}: {TITLES[system]}",
+                    kind,
+                    with_interval(intercept, low, high),
+                    with_interval(slope, slope_low, slope_high),
+                    f"{number(error)} ({number(floor)}, {number(q95)})",
+                    number(loss),
+                )
+
+
+def calibration_of(scores, kind):
+    """All numbers of one line of that table, of one seed."""
+    y = scores.y
+    p = scores.raw_p if kind == "raw" else scores.p
+    slope, intercept = calibration_slope(y, p)
+    slope_limits, intercept_limits = calibration_intervals(y, p, scores.groups)
+    floor, q95 = ece_floor(p)
+    return [slope, *slope_limits, intercept, *intercept_limits, ece(y, p), floor, q95,
+            log_loss(y, p)]
+
+
+def print_rereading(systems):
+    """Does an explanation, read alone, lead to its decision? And that of another row?"""
+    print("\n### Reading again: AUROC against the first decision (with texts of other rows)\n")
+    print_line("system", *[DATA_TITLES[data] for data in systems])
+    print_line(*["---"] * (1 + len(systems)))
+    for system in TRAINED:
+        cells = []
+        for of_data in systems.values():
+            seeds = of_data.get(system, [])
+            own = mean_cell([scores.metrics.get("reread_auroc") for scores in seeds], 2)
+            other = mean_cell([scores.metrics.get("shuffled_auroc") for scores in seeds], 2)
+            cells.append(f"{own} ({other})" if own and other else "")
+        print_line(TITLES[system], *cells)
+
+
+def print_swapped(data, systems):
+    """What changes if the two statements of a pair change places."""
+    if not any(seeds[0].swapped_p is not None for seeds in systems.values()):
+        return
+    print(f"\n### {DATA_TITLES[data]}: swapped pairs\n")
+    print_line("system", "distance of p + p' from 1", "decisions that flip", "texts that flip")
+    print_line(*["---"] * 4)
+    for system in TRAINED:
+        errors = []
+        flips = []
+        for scores in systems.get(system, []):
+            errors.append(np.abs(scores.p + scores.swapped_p - 1).mean())
+            flips.append(((scores.p >= 0.5) != (scores.swapped_p >= 0.5)).mean())
+        texts = [scores.metrics.get("text_flips") for scores in systems.get(system, [])]
+        print_line(TITLES[system], mean_cell(errors, 2), mean_cell(flips, 2), mean_cell(texts, 2))
+
+
+def print_unseen(results):
+    """The test rows of groups that training has not seen."""
+    for of_data in results.values():
+        for result in of_data:
+            unseen = result.get("unseen_groups")
+            if unseen and unseen["metrics"]:
+                found = unseen["metrics"]
+                limits = found["intervals"]["auroc"] or (None, None)  # None: all are of one group
+                print(f"\n{DATA_TITLES[result['data']]}, {TITLES.get(result['system'])}, seed "
+                      f"{result['seed']}: {unseen['n']} rows of groups that training has not "
+                      f"seen: AUROC {with_interval(found['auroc'], *limits)}")
 
 
 def interval(values):
@@ -282,7 +385,7 @@ def number(value):
 
 
 def mean_cell(values, digits):
-    if None in values:
+    if not values or None in values:
         return ""
     return f"{np.mean(values):.{digits}f}"
 
