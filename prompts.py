@@ -182,6 +182,21 @@ class Prompts:
             "max_answer": self.max_answer,
         }
 
+    def rendered(self):
+        """The prompt as text, for tools that do not have this file.
+
+        It is before_text, then the row's text, then after_text. Their tokenizer must add no special
+        tokens, which are there already; only for `plain` it adds its own start token. stop_ids end
+        an answer.
+        """
+        before, after = self.frame.prompt.replace("{system}", SYSTEM).split("{user}")
+        return {
+            "before_text": before + self.question + "\n\n",
+            "after_text": after,
+            "add_special_tokens": not self.frame.special_tokens,
+            "stop_ids": self.stop_ids,
+        }
+
     def _lay_out_frame(self):
         """Splits the frame into four parts, around the row's text.
 

@@ -322,12 +322,13 @@ def save_run(run, folder, about):
     whatever else is to be on record.
     """
     write_tensors(folder / "adapter_model.safetensors", adapter_tensors(run.model))
-    write_json(folder / "adapter_config.json", adapter_config(
-        about["lora"], about["base"], reads_last_prompt_token(run.model)))
+    task = "SEQ_CLS" if reads_last_prompt_token(run.model) else None
+    write_json(folder / "adapter_config.json", adapter_config(about["lora"], about["base"], task))
     run.about = {
         **about,
         **run.fitted.settings(),
         "prompts": run.prompts.settings(),
+        "prompt_frame": run.prompts.rendered(),  # for other tools
         "golden": run.golden(),
         "versions": versions(),
     }

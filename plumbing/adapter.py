@@ -11,7 +11,8 @@ from plumbing.files import read_json
 from plumbing.packed import is_packed
 
 PREFIX = "base_model.model."  # peft's; after it, its names equal ours
-HEAD = PREFIX + "score.weight"
+SCORE = "score.weight"  # the head, as transformers and a merged folder call it
+HEAD = PREFIX + SCORE
 
 # Keys of adapter_config.json that are used below, or have no effect on a trained adapter
 KNOWN = set(
@@ -30,8 +31,8 @@ PLAIN = {
 def adapter_tensors(model):
     """{peft's name: tensor} of a CLSGen's LoRA and head, sharing their memory.
 
-    It opens in peft as SEQ_CLS, or, without the head, as a causal LM's adapter. ValueError for a
-    packed model, whose LoRA is gone.
+    It opens in peft as SEQ_CLS, or, without the head, as CAUSAL_LM. ValueError for a packed model,
+    whose LoRA is gone.
     """
     if is_packed(model.model):
         raise ValueError("this run is packed for predictions: load_run(..., pack=False) gives one "
@@ -43,27 +44,27 @@ def adapter_tensors(model):
     return tensors
 
 
-def adapter_config(lora, base, reads_last_prompt_token):
+def adapter_config(lora, base, task):
     """The content of adapter_config.json. lora: {"rank", "alpha", "targets"}; base: its folder.
 
-    peft's SEQ_CLS computes the score of the last prompt token. A read-out that computes something
-    else must not claim it: then the file describes the LoRA alone.
+    task: "SEQ_CLS" for LoRA and head, where peft computes the score of the last prompt token. A
+    read-out that computes something else must not claim it: with "CAUSAL_LM", or None for an
+    unknown one, the file describes the LoRA alone.
     """
     config = {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS",
+        "task_type": task,
         "r": lora["rank"],
         "lora_alpha": lora["alpha"],
         "target_modules": lora["targets"],
         "lora_dropout": 0.0,
         "bias": "none",
-        "modules_to_save": ["classifier", "score"],
+        "modules_to_save": None,
         "inference_mode": True,
         "base_model_name_or_path": base,
     }
-    if not reads_last_prompt_token:
-        config["task_type"] = None
-        config["modules_to_save"] = None
+    if task == "SEQ_CLS":
+        config["modules_to_save"] = ["classifier", "score"]
     return config
 
 
@@ -105,9 +106,10 @@ def check_lora(rank, alpha, targets, where):
 
 
 def load_adapter(model, path, need_head=True):
-    """Copies a file of `adapter_tensors` into the model. ValueError names what does not fit.
+    """Copies a file of `adapter_tensors`, or the head of a merged folder, into the model.
 
-    need_head=False: a file without a head leaves the model's as it is.
+    need_head=False: a file without a head leaves the model's as it is. ValueError names what does
+    not fit.
     """
     own = adapter_tensors(model)
     try:
@@ -116,6 +118,8 @@ def load_adapter(model, path, need_head=True):
         raise ValueError(f"{path}: {error}") from None
     except SafetensorError as error:
         raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
+    if SCORE in tensors:
+        tensors[HEAD] = tensors.pop(SCORE)
     if HEAD not in tensors and not need_head:
         del own[HEAD]
 

@@ -1,16 +1,20 @@
-"""What leaves the project: a merged folder."""
+"""What leaves the project: a merged folder, an adapter of LoRA alone, and their README."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import near, run_script
+from conftest import greedy_without_cache, near, run_script
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from export import merge
+from clsgen import CLSGen, states_at
+from export import main, merge, write_adapter
 from run import load_run
-
 
 
 @torch.no_grad()
@@ -49,16 +53,93 @@ def test_a_merged_folder_has_no_adapter_and_no_stale_index(run, tiny, tmp_path):
 
 @pytest.mark.parametrize("arguments, words", [
     ("--run nowhere", "--out"), ("--run nowhere --out tests", "tests exists"),
-    ("--run nowhere --out no/where", "no such folder"), ("--run nowhere --out new", "nowhere")])
+    ("--run nowhere --out no/where", "no such folder"), ("--run nowhere --out new", "nowhere"),
+    ("--run nowhere --out new --adapter", "nowhere")])
 def test_a_wrong_call_says_what_is_wrong(arguments, words):
     """Fails if a mistake ends in a traceback, or a folder that is there is written into."""
     done = run_script("export.py", *arguments.split())
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_merged_run_is_not_merged_again(run, tmp_path):
+@pytest.mark.parametrize("flags", [[], ["--adapter"]])
+def test_a_merged_run_is_not_exported_again(run, tmp_path, flags):
     """Fails if a folder without LoRA is written once more as if it had one."""
     merge(run, Path(run.about["base"]), tmp_path / "merged")
-    again = load_run(tmp_path / "merged", pack=False)
+    again = ["--run", str(tmp_path / "merged"), "--out", str(tmp_path / "twice")]
     with pytest.raises(ValueError, match="merged already"):
-        merge(again, tmp_path / "merged", tmp_path / "twice")
+        main([*again, *flags])
+    assert not (tmp_path / "twice").exists()
+
+
+# --- the README of an export ----------------------------------------------------------------------
+def code_of(readme, text):
+    """The code of a README, for this text."""
+    code = "".join(re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL))
+    assert code.count('text = "..."') == 1
+    return code.replace('text = "..."', f"text = {text!r}")
+
+
+@torch.no_grad()
+def test_the_readme_of_a_merged_folder_gives_its_predictions(rows, run, tmp_path, monkeypatch):
+    """Fails if the prompt is another one elsewhere, if the head stays random in transformers, if
+    the calibration is not the run's, or if the text ends elsewhere."""
+    merge(run, Path(run.about["base"]), tmp_path / "merged")
+    monkeypatch.chdir(tmp_path / "merged")
+    for row in rows[:2]:
+        names = {}
+        exec(code_of(Path("README.md"), row["text"]), names)
+        (record,) = run.predict(row)
+        assert names["probability"] == near(record["probability"])
+        assert names["decision"] == record["label"]
+        ids = names["ids"][0].tolist()
+        prompt = run.prompts.prompt(row["text"])[0]
+        assert ids == prompt + greedy_without_cache(run, row["text"])
+    frame = json.loads(Path("clsgen.json").read_text())["prompt_frame"]
+    assert names["prompt"] == frame["before_text"] + row["text"] + frame["after_text"]
+
+
+@pytest.mark.parametrize("why", ["words", "read-out"])
+def test_the_readme_offers_no_probability_that_transformers_cannot_compute(
+        run, tmp_path, monkeypatch, why):
+    """Fails if an untrained head, or one that reads another token, is offered all the same."""
+    if why == "words":
+        run.fitted.scorer = "label_token"
+    else:
+        monkeypatch.setattr(CLSGen, "read_out", lambda model, hidden, prompt_end: model.score(
+            states_at(hidden, prompt_end - 1).float()).squeeze(-1))
+    merge(run, Path(run.about["base"]), tmp_path / "merged")
+    readme = (tmp_path / "merged" / "README.md").read_text()
+    assert "transformers cannot compute it" in readme and "classifier" not in readme
+
+
+def test_a_merged_folder_of_before_opens(rows, run, tmp_path):
+    """Fails if the name that the head's file had earlier is refused."""
+    merge(run, Path(run.about["base"]), tmp_path / "merged")
+    file = tmp_path / "merged" / "score.safetensors"
+    save_file({"base_model.model.score.weight": load_file(file)["score.weight"]}, file)
+    (record,) = load_run(tmp_path / "merged").predict(rows[0], explain=False)
+    (due,) = run.predict(rows[0], explain=False)
+    assert record["probability"] == near(due["probability"])
+
+
+# --- an adapter for engines -----------------------------------------------------------------------
+@torch.no_grad()
+def test_an_adapter_without_the_head_writes_the_same_text(rows, run, tmp_path):
+    """Fails if a tensor or a setting that vLLM or llama.cpp refuses is in it, or if it is not what
+    peft takes for a causal LM's."""
+    out = tmp_path / "adapter"
+    write_adapter(run, out)
+    names = load_file(out / "adapter_model.safetensors").keys()
+    assert len(names) == 2 * 7 * 2
+    assert all(re.search(r"_proj\.lora_[AB]\.weight$", name) for name in names)
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["task_type"] == "CAUSAL_LM" and config["modules_to_save"] is None
+
+    names = {}
+    exec(code_of(out / "README.md", rows[0]["text"]), names)
+    ids = run.prompts.tokenizer.encode(names["prompt"], add_special_tokens=False).ids
+    due = ids + greedy_without_cache(run, rows[0]["text"])
+    for kind in (AutoPeftModelForCausalLM, AutoModelForCausalLM):
+        model = kind.from_pretrained(out, dtype=torch.float32)
+        written = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=12, do_sample=False)
+        assert written[0].tolist() == due

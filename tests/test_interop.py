@@ -177,6 +177,9 @@ def test_the_frame_is_the_models_own_chat_template(name, tmp_path, capsys):
                     {"role": "user", "content": f"Will it rain?\n\n{text}"}]
         due = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert prompts.prompt(text) == (due, 0), text
+        rendered = prompts.rendered()
+        whole = rendered["before_text"] + text + rendered["after_text"]
+        assert theirs(whole, add_special_tokens=False).input_ids == due
 
 
 @pytest.mark.parametrize("shape, added, template, format, words", [
@@ -233,7 +236,9 @@ def test_plain_starts_as_transformers_does(template, add_bos, tmp_path):
 
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     prompts = Prompts(tmp_path, question="Will it rain?", format="plain")
-    due = theirs(f"{SYSTEM}\n\nWill it rain?\n\nthe day\n\nAnswer:\n").input_ids
+    rendered = prompts.rendered()
+    assert rendered["add_special_tokens"]
+    due = theirs(rendered["before_text"] + "the day" + rendered["after_text"]).input_ids
     assert prompts.prompt("the day")[0] == [i for i in due if i != 2]
 
 
