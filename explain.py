@@ -484,7 +484,8 @@ def parse_arguments(argv):
     add = parser.add_argument_group("with --model").add_argument
     add("--batch", type=int, default=16, help="rows at a time")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-        help="of the teacher; auto: bfloat16, on a CPU if it multiplies it")
+        help="of the teacher; auto: bfloat16 if the processor multiplies it, else float32, on a "
+        "GPU float16")
     return parser.parse_args(argv)
 
 

@@ -338,8 +338,9 @@ def save_run(run, folder, about):
 def load_run(folder, model=None, dtype=None, device=None, pack=True):
     """A run folder, or what export.py made of one, as a Run.
 
-    model: the folder of the base model, if it has moved. pack: False to train or to export it, see
-    plumbing/packed.py. ValueError when the base's fingerprint or the golden row says that this is
+    model: the folder of the base model, if it has moved. dtype: by default the run's, but that of
+    "auto" if the run's is bfloat16 and this machine only emulates it. pack: False to train or to
+    export it, see plumbing/packed.py. ValueError when the base's fingerprint or the golden row says that this is
     another model, and for whatever else does not fit.
     """
     folder = Path(folder)
@@ -379,7 +380,11 @@ def _load_run(folder, about, model, dtype, device, pack):
         check_lora(**lora, where="clsgen.json")
     except (KeyError, TypeError) as error:
         raise ValueError(f"clsgen.json does not fit: {error!r}") from None
-    dtype, device = pick_device(dtype or golden["dtype"], device)
+    if dtype is None:
+        dtype = golden["dtype"]
+        if dtype == "bfloat16":
+            dtype = "auto"  # the same, unless this machine only emulates it
+    dtype, device = pick_device(dtype, device)
 
     # the base model that the run was trained on: the run's own folder, if it is merged
     score_file = folder / "score.safetensors"

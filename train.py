@@ -50,7 +50,7 @@ def main(argv=None):
     check_arguments(args)
     torch.manual_seed(args.seed)
     ranks = Ranks()  # one process, or one of several that torchrun has started
-    dtype, device = pick_device(args.dtype, args.device)
+    dtype, device = pick_device(args.dtype, args.device, trains=True)
     ranks.connect(device)
     if args.batch < ranks.count:
         raise ValueError(f"--batch {args.batch} is below the number of processes, {ranks.count}")

@@ -157,9 +157,9 @@ def print_line(case, result):
 # --- one side of one case, in this process --------------------------------------------------------
 def measure_side(args):
     """Times the work of one side, and prints a line of JSON."""
-    dtype, device = pick_device(args.dtype, args.device)
-    args.device = str(device)
     kind, what = args.case.split("/")
+    dtype, device = pick_device(args.dtype, args.device, trains=kind == "train")
+    args.device = str(device)
     what, _, mode = what.partition("-")
     torch.manual_seed(0)
     if args.side == "ours":

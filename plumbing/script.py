@@ -87,11 +87,12 @@ def printable(text):
     return "".join(shown)
 
 
-def pick_device(dtype, device):
+def pick_device(dtype, device, trains=False):
     """(torch dtype, torch device) of the flags --dtype and --device. ValueError if there is none.
 
-    device None: CUDA if there is one. dtype "auto": bfloat16, but float32 on a CPU that has no
-    instructions to multiply bfloat16.
+    device None: CUDA if there is one. dtype "auto": bfloat16 where the processor multiplies it.
+    Elsewhere it is float32, but float16 for predictions on a GPU, which multiplies that fast. In
+    training its small gradients would vanish: they need a scaled loss, which is not here.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,13 +103,23 @@ def pick_device(dtype, device):
         raise ValueError(f"device {device}: {str(error).splitlines()[0]}") from None
 
     if dtype == "auto":
-        cpu = torch.cpu.get_capabilities()
-        slow = device.type == "cpu" and not (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
-        dtype = "float32" if slow else "bfloat16"
+        dtype = "bfloat16"
+        if not multiplies_bfloat16(device):
+            dtype = "float16" if device.type == "cuda" and not trains else "float32"
     name = dtype_name(dtype)
     if name not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype is {name}, expected float32, bfloat16 or float16")
     return getattr(torch, name), device
+
+
+def multiplies_bfloat16(device):
+    """Whether the processor has instructions for bfloat16; otherwise it is emulated, slowly."""
+    if device.type == "cpu":
+        cpu = torch.cpu.get_capabilities()
+        return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+    if device.type == "cuda":  # before Ampere it has none, but says that it supports it
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return True
 
 
 def dtype_name(dtype):

@@ -76,7 +76,7 @@ def make_parser():
 
     add = parser.add_argument_group("the model").add_argument
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"],
-        help="of the base; auto: bfloat16, on a CPU if it multiplies it")
+        help="of the base; auto: bfloat16 if the processor multiplies it, else float32")
     add("--device", help="cpu, cuda, ... (default: cuda where there is one)")
     add("--rank", type=int, default=16, help="of LoRA")
     add("--alpha", type=float, default=32.0, help="LoRA's product is scaled by alpha / rank")

@@ -1,12 +1,14 @@
 """What every script does: its help, its output on any terminal, and what it says of an error."""
 
 import argparse
+import json
 import os
 import re
 import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, run_script, write_rows
 
 import data
@@ -15,7 +17,9 @@ import explain
 import export
 import predict
 import train
-from plumbing.script import Help
+from plumbing.script import Help, pick_device
+from run import load_run
+
 
 @pytest.mark.parametrize("script", [train, data, evaluation, explain, predict, export])
 def test_help_says_a_default_once_or_not_at_all(script, capsys, monkeypatch):
@@ -68,3 +72,39 @@ def test_a_reader_that_has_gone_is_no_error(rows_file, tiny, arguments, code):
     os.close(writing)
     assert done.returncode == code
     assert done.stderr.startswith("error: ") if code == 2 else done.stderr == ""
+
+
+# --- dtype and device -----------------------------------------------------------------------------
+def pretend_cuda(monkeypatch, bfloat16):
+    """A GPU that emulates bfloat16 if it has no instructions for it, as PyTorch tells of one."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.empty", lambda *size, device: None)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported",
+                        lambda including_emulation=True: including_emulation or bfloat16)
+
+
+@pytest.mark.parametrize("bfloat16, trains, dtype", [
+    (True, True, torch.bfloat16), (True, False, torch.bfloat16),
+    (False, True, torch.float32), (False, False, torch.float16)])
+def test_a_gpu_that_only_emulates_bfloat16_does_not_get_it(monkeypatch, bfloat16, trains, dtype):
+    """Fails if emulation counts as support, or if float16 is trained in, whose gradients vanish."""
+    pretend_cuda(monkeypatch, bfloat16)
+    assert pick_device("auto", None, trains) == (dtype, torch.device("cuda"))
+    assert pick_device("bfloat16", "cuda", trains)[0] == torch.bfloat16, "who asks for it gets it"
+
+
+@pytest.mark.parametrize("able", ["avx512_bf16", "amx_bf16", None])
+def test_a_cpu_that_only_emulates_bfloat16_does_not_get_it(run, tmp_path, monkeypatch, able):
+    """Fails if a CPU without the instructions takes it, for "auto" or because a run was trained in
+    it; or if one that has them does not."""
+    dtype = torch.bfloat16 if able else torch.float32
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {able: True})
+    assert pick_device("auto", "cpu") == (dtype, torch.device("cpu"))
+
+    path = tmp_path / "run" / "clsgen.json"
+    about = json.loads(path.read_text())
+    about["golden"]["dtype"] = "bfloat16"
+    path.write_text(json.dumps(about))
+    again = load_run(tmp_path / "run", device="cpu", pack=False)
+    assert again.llama.norm.weight.dtype == dtype
+    assert load_run(tmp_path / "run", dtype="float16").llama.norm.weight.dtype == torch.float16
