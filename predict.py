@@ -2,6 +2,7 @@
 
     python predict.py --run runs/x --text "..."                             # one text, streamed
     python predict.py --run runs/x --data new.jsonl --out predictions.jsonl # a record a row
+    torchrun --nproc_per_node 8 -- predict.py --run runs/x --data ...       # shared by 8 GPUs
 
 Only `text` is needed in a row. A stopped command continues when it is given again.
 """
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from clsgen import choose_token
 from data import encode_rows, read_rows
 from plumbing.files import continue_job, sha256_of, write_atomically
+from plumbing.ranks import Ranks
 from plumbing.script import Help, dtype_name, printable, refuse, run_main, versions
 from run import load_run
 
@@ -27,11 +29,14 @@ def main(argv=None):
     rows = []
     if args.data is not None:
         rows = read_rows(args.data, labels=False)  # before the model loads: a bad file says so now
+    ranks = Ranks(args.device)  # one process, or one of several that torchrun has started
     run = load_run(args.run, args.model, args.dtype, args.device)
+    ranks.connect(run.device)
     if args.text is not None:
         predict_text(run, args)
     else:
-        predict_file(run, rows, args)
+        predict_file(run, rows, args, ranks)
+    ranks.leave()
 
 
 def predict_text(run, args):
@@ -61,8 +66,8 @@ def predict_text(run, args):
     print()
 
 
-def predict_file(run, rows, args):
-    """Writes a record for each row to --out."""
+def predict_file(run, rows, args, ranks):
+    """Writes a record for each row to --out. The ranks share the chunks, and rank 0 writes."""
     chunk_size = 8 * args.batch
     part = args.out.with_name(args.out.name + ".part")
     about = {
@@ -87,10 +92,15 @@ def predict_file(run, rows, args):
         chunk = rows[start : start + chunk_size]
         return run.predict(chunk, not args.no_explain, args.batch, args.decide, choose)
 
+    if ranks.rank > 0:
+        for _ in ranks.share(predict_chunk):
+            pass
+        return
+
     starts = range(0, len(rows), chunk_size)
     lines = []
     with tqdm(total=len(rows), unit="row") as bar:
-        results = continue_job(part, about, starts, predict_chunk, overwrite=args.overwrite)
+        results = continue_job(part, about, starts, predict_chunk, ranks.share, args.overwrite)
         for start, records in zip(starts, results, strict=True):
             check_ids(records, rows[start : start + chunk_size], part)
             for record in records:

@@ -340,8 +340,9 @@ def load_run(folder, model=None, dtype=None, device=None, pack=True):
 
     model: the folder of the base model, if it has moved. dtype: by default the run's, but that of
     "auto" if the run's is bfloat16 and this machine only emulates it. pack: False to train or to
-    export it, see plumbing/packed.py. ValueError when the base's fingerprint or the golden row says that this is
-    another model, and for whatever else does not fit.
+    export it, see plumbing/packed.py.
+    ValueError when the base's fingerprint or the golden row says that this is another model, and
+    for whatever else does not fit.
     """
     folder = Path(folder)
     about = read_about(folder)

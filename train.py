@@ -15,6 +15,7 @@ plumbing/training_log.py.
 """
 
 import copy
+import itertools
 import math
 import signal
 import sys
@@ -49,7 +50,7 @@ def main(argv=None):
     args = parse(argv)
     check_arguments(args)
     torch.manual_seed(args.seed)
-    ranks = Ranks()  # one process, or one of several that torchrun has started
+    ranks = Ranks(args.device)  # one process, or one of several that torchrun has started
     dtype, device = pick_device(args.dtype, args.device, trains=True)
     ranks.connect(device)
     if args.batch < ranks.count:
@@ -85,7 +86,6 @@ def main(argv=None):
 
     # when to measure, and on what
     valid_every = args.valid_every or math.ceil(len(train) / args.batch)  # by default, an epoch
-    valid_size = 4 * args.micro_batch  # rows at a time: without gradients, more of them fit
     explained_first = sorted(valid_rows, key=lambda row: "explanation" not in row)
     watched_rows = explained_first[:8]
 
@@ -115,13 +115,13 @@ def main(argv=None):
             state["seconds"] = log.seconds()
             log.step(state, losses, share * args.lr)
 
-            # measure: every rank repeats all of it, so that all see the same numbers
+            # measure: all ranks see the same numbers
             validates = step % valid_every == 0 or step == steps
             if validates:
-                measured, z = validate(model, valid, valid_size, args, prompts, device)
+                measured, z = validate(model, valid, args, prompts, device, ranks)
                 if not trains_head(args):  # the numbers of an untrained head mean nothing
                     measured.update({"bce": None, "auroc": None})
-                measured.update(watch_text(model, prompts, watched_rows, valid_size))
+                measured.update(watch_text(model, prompts, watched_rows, args.micro_batch))
                 log.validation(step, measured)
 
                 # keep the last one, or with --keep-best the best. (That flag is refused where the
@@ -263,19 +263,28 @@ def copies(parameters):
 
 
 # --- validation -----------------------------------------------------------------------------------
-@torch.inference_mode()
-def validate(model, examples, size, args, prompts, device):
-    """(the loss terms and the AUROC by name, uncalibrated logits z (N,)) of all examples."""
+def validate(model, examples, args, prompts, device, ranks):
+    """(the loss terms and the AUROC by name, uncalibrated logits z (N,)) of all examples.
+
+    The ranks share the examples, and all of them get the same numbers. It takes as many rows at a
+    time as training, and so no more memory.
+    """
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
+    mine = order[ranks.rank :: ranks.count]
+    batches = []  # of each: the indices of its examples, their z, and its part of each loss term
+    for start in range(0, len(mine), args.micro_batch):
+        indices = mine[start : start + args.micro_batch]
+        batch = collate([examples[i] for i in indices], device)
+        with torch.inference_mode():
+            z, terms = forward(model, batch, examples, args, prompts)
+        batches.append((indices, z.tolist(), {name: terms[name].item() for name in terms}))
+
     measured = {}
     all_z = np.zeros(len(examples))
-    for start in range(0, len(order), size):
-        indices = order[start : start + size]
-        batch = collate([examples[i] for i in indices], device)
-        z, terms = forward(model, batch, examples, args, prompts)
+    for indices, z, terms in itertools.chain(*ranks.gather(batches)):
+        all_z[indices] = z
         for name, term in terms.items():
-            measured[name] = measured.get(name, 0.0) + term.item()
-        all_z[indices] = z.cpu()
+            measured[name] = measured.get(name, 0.0) + term
 
     if count_answer_tokens(examples) == 0:
         measured["lm"] = None  # nothing was measured
@@ -292,7 +301,8 @@ def watch_text(model, prompts, rows, size):
     prompts = copy.copy(prompts)
     prompts.max_answer = min(64, prompts.max_answer)
     run = Run(model, prompts, Fitted(scorer="label_token"))  # any scorer: only texts are read
-    return collapse(run.predict(rows, batch_size=size), run.reference_sums(rows, size))
+    records = run.predict(rows, batch_size=4 * size)  # a token at a time, more rows fit
+    return collapse(records, run.reference_sums(rows, size))
 
 
 # --- before and after -----------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Training on several GPUs: torchrun starts a process for each, and each has a number, its rank."""
+"""Work on several GPUs: torchrun starts a process for each, and each has a number, its rank."""
 
 import gc
 import os
@@ -13,17 +13,32 @@ from torch.nn.parallel import DistributedDataParallel
 class Ranks:
     """Which process this is, and how many there are. Rank 0 speaks and writes."""
 
-    def __init__(self):
+    def __init__(self, device):
+        """device: the flag --device. ValueError if the processes cannot have a GPU each."""
         self.rank = int(os.environ.get("RANK", 0))
         self.count = int(os.environ.get("WORLD_SIZE", 1))
-        if self.count > 1 and torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
+        on_gpus = torch.cuda.is_available() and (device is None or device.startswith("cuda"))
+        if self.count == 1 or not on_gpus:
+            return
+
+        if device not in (None, "cuda"):
+            raise ValueError(f"--device {device}: all processes of torchrun would use this GPU; "
+                             "without the flag each takes its own")
+        number = int(os.environ["LOCAL_RANK"])  # of the process on this machine
+        gpus = torch.cuda.device_count()
+        if number >= gpus:
+            raise ValueError(f"torchrun has started more processes than there are GPUs, {gpus}")
+        torch.cuda.set_device(number)  # what "cuda" means from here on
 
     def connect(self, device):
         """Meets the other processes, and silences all but rank 0."""
         if self.count == 1:
             return
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            own = torch.device("cuda", torch.cuda.current_device())  # NCCL asks for its number
+            dist.init_process_group("nccl", device_id=own)
+        else:
+            dist.init_process_group("gloo")
         if self.rank > 0:
             sys.stdout = open(os.devnull, "w")
 
@@ -46,6 +61,25 @@ class Ranks:
         sums = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
         dist.all_reduce(sums)
         return dict(zip(values, sums.tolist(), strict=True))
+
+    def gather(self, value):
+        """The value of each rank, as a list in their order: all ranks get the same one."""
+        if self.count == 1:
+            return [value]
+        values = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    def share(self, work, units=()):
+        """Yields work(unit) for each unit of rank 0, in order. All ranks work, a unit at a time.
+
+        The other ranks need to give no units; they have to take all results too.
+        """
+        units = self.gather(units)[0]
+        for first in range(0, len(units), self.count):
+            mine = units[first + self.rank : first + self.rank + 1]  # none, at the end perhaps
+            for results in self.gather([work(unit) for unit in mine]):
+                yield from results
 
     def leave(self):
         """Parts from the other processes.

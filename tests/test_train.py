@@ -23,6 +23,7 @@ from data import Example
 from metrics import auroc, best_f1_threshold, calibrate
 from plumbing.checkpoint import load_llama
 from plumbing.files import write_tensors
+from plumbing.ranks import Ranks
 from plumbing.resume import STATE, compare_configs, digest_of, read_state, restore
 from plumbing.train_arguments import check_arguments, parse
 from prompts import Prompts
@@ -157,7 +158,7 @@ def test_validation_without_explanations_has_no_lm_loss(tiny):
     model = CLSGen(add_lora(load_llama(tiny, torch.float32), 2, 4.0))
     examples = [Example(i, [3, 4, 5], [], i % 2, 0) for i in range(4)]
     args = parse(["--data", "rows.jsonl"])
-    measured, z = validate(model, examples, 2, args, Prompts(tiny), torch.device("cpu"))
+    measured, z = validate(model, examples, args, Prompts(tiny), torch.device("cpu"), Ranks("cpu"))
     assert measured["lm"] is None and measured["bce"] > 0 and z.shape == (4,)
 
 
@@ -168,9 +169,22 @@ def test_the_label_loss_of_validation_is_a_mean_over_the_rows_with_an_answer(tin
     args = parse(["--data", "rows.jsonl", "--cls-weight", "0", "--label-loss", "words"])
     answered = [Example(i, [3, 4, 5], prompts.answer(i % 2, "So."), i % 2, 0) for i in range(4)]
     bare = [Example(i, [3, 4, 5], [], i % 2, 0) for i in range(4, 8)]
-    few, _ = validate(model, answered, 2, args, prompts, torch.device("cpu"))
-    all_rows, _ = validate(model, answered + bare, 2, args, prompts, torch.device("cpu"))
+    there = torch.device("cpu"), Ranks("cpu")
+    few, _ = validate(model, answered, args, prompts, *there)
+    all_rows, _ = validate(model, answered + bare, args, prompts, *there)
     assert all_rows["label"] == pytest.approx(few["label"], rel=1e-5)
+
+
+def test_validation_takes_as_many_rows_at_a_time_as_training(tiny, monkeypatch):
+    """Fails if it runs out of memory where training did not, for the logits of more rows."""
+    model = CLSGen(add_lora(load_llama(tiny, torch.float32), 2, 4.0))
+    examples = [Example(i, [3] * (i + 1), [4] * (9 - i), i % 2, 0) for i in range(7)]
+    args = parse(["--data", "rows.jsonl", "--micro-batch", "2"])
+    sizes, forward = [], CLSGen.forward
+    monkeypatch.setattr(CLSGen, "forward", lambda self, batch: (
+        sizes.append(len(batch.labels)), forward(self, batch))[1])
+    validate(model, examples, args, Prompts(tiny), torch.device("cpu"), Ranks("cpu"))
+    assert sizes == [2, 2, 2, 1]
 
 
 def test_keep_best_keeps_the_best_validation(tiny, rows_file, tmp_path, monkeypatch):

@@ -1,0 +1,130 @@
+"""Several processes: who has which GPU, and that sharing the work changes no result."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, make, write_rows
+from test_predict import stop_at_the_third
+
+from data import Example
+from plumbing.ranks import Ranks
+from plumbing.train_arguments import parse
+from predict import main as predict
+from prompts import Prompts
+from train import validate
+
+
+def torchrun(processes, script, *args):
+    # the -- ends torchrun's own flags: it would take --run for one of them
+    flags = ["--standalone", "--nproc_per_node", processes, "--"]
+    command = [sys.executable, "-m", "torch.distributed.run", *flags, script, *args]
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("device, number, words", [
+    ("cuda:0", 0, "--device cuda:0: all processes of torchrun would use this GPU"),
+    ("cuda:1", 1, "--device cuda:1: all processes"),
+    (None, 2, "more processes than there are GPUs, 2"), ("cuda", 2, "more processes than"),
+    ("cuda", 1, None), (None, 0, None), ("cpu", 5, None)])
+def test_each_process_has_a_gpu_of_its_own(monkeypatch, device, number, words):
+    """Fails if several processes crowd one GPU, in silence or with PyTorch's own error."""
+    chosen = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    for name, value in (("RANK", number), ("LOCAL_RANK", number), ("WORLD_SIZE", 8)):
+        monkeypatch.setenv(name, str(value))
+    if words:
+        with pytest.raises(ValueError, match=words):
+            Ranks(device)
+    else:
+        assert Ranks(device).rank == number
+        assert chosen == ([] if device == "cpu" else [number])
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    Ranks(device)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_nccl_is_told_the_gpu(monkeypatch, device):
+    """Fails if NCCL has to guess which GPU a process uses, or gloo is given one."""
+    calls = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    monkeypatch.setattr("torch.distributed.init_process_group",
+                        lambda *backend, **others: calls.append((backend, others)))
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    Ranks(None).connect(torch.device(device))
+    gpu = {"device_id": torch.device("cuda:3")}
+    assert calls == [(("nccl",), gpu) if device == "cuda" else (("gloo",), {})]
+
+
+def measure(folder):
+    """What a validation finds, of many examples and of two."""
+    model = make(folder)
+    prompts = Prompts(folder)
+    args = parse(["--data", "rows.jsonl", "--micro-batch", "2"])
+    ranks = Ranks("cpu")
+    device = torch.device("cpu")
+    ranks.connect(device)
+    found = []
+    for count in (11, 2):  # of three processes, one has nothing to do with two
+        examples = [Example(i, [3, 4, 5 + i], prompts.answer(i % 2, "So." * i), i % 2, 0)
+                    for i in range(count)]
+        measured, z = validate(model, examples, args, prompts, device, ranks)
+        found.append({**measured, "z": z.tolist()})
+    return ranks, found
+
+
+def test_processes_share_the_validation_rows_and_see_the_same_numbers(tiny, tmp_path, monkeypatch):
+    """Fails if a process does all rows or measures its own alone, if a row's logit comes to another
+    row's place, or if a process without rows stops the others."""
+    script = tmp_path / "measure.py"
+    script.write_text(f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import json
+from pathlib import Path
+import train
+from test_ranks import measure
+seen, collate = [], train.collate
+train.collate = lambda examples, device: (seen.extend(examples), collate(examples, device))[1]
+ranks, found = measure({str(tiny)!r})
+Path({str(tmp_path)!r}, f"{{ranks.rank}}.json").write_text(json.dumps([found, len(seen)]))
+ranks.leave()
+""")
+    done = torchrun(3, script)
+    assert done.returncode == 0, done.stderr
+    found, seen = zip(*(json.loads((tmp_path / f"{i}.json").read_text()) for i in range(3)),
+                      strict=True)
+    assert found[0] == found[1] == found[2] and seen == (4 + 1, 4 + 1, 3)
+    _, due = measure(tiny)
+    for ours, theirs in zip(due, found[0], strict=True):
+        assert theirs.pop("z") == pytest.approx(ours.pop("z"), abs=1e-5)
+        assert theirs == pytest.approx(ours, rel=1e-5)
+
+
+def test_processes_share_the_rows_of_a_prediction(rows, run, tmp_path, monkeypatch):
+    """Fails if records are lost, doubled or out of order, if a stopped job cannot continue with
+    other processes, or if more than one of them writes."""
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    out = tmp_path / "p.jsonl"
+    command = ["--run", tmp_path / "run", "--data", data, "--out", out, "--batch", 1]
+    command = [*map(str, command), "--temperature", "1"]
+    predict(command)
+    due = [json.loads(line) for line in out.read_text().splitlines()]
+    out.unlink()
+
+    stop_at_the_third(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        predict(command)  # three chunks of five are left
+    done = torchrun(3, "predict.py", *command)
+    assert done.returncode == 0 and done.stdout.count("40 predictions") == 1, done.stderr
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["id"] for record in found] == [row["id"] for row in rows]
+    for ours, theirs in zip(due, found, strict=True):
+        assert theirs["probability"] == pytest.approx(ours["probability"], abs=1e-6)
+        assert theirs["explanation"] == ours["explanation"]
+    assert [path.name for path in tmp_path.glob("*p.jsonl*")] == ["p.jsonl"]
