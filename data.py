@@ -368,19 +368,23 @@ def print_counts(rows, examples, prompts):
     ungrouped = sum("group" not in row for row in rows)
     repeated = len(rows) - len({row["text"] for row in rows})
 
-    def line(name, value):
-        print(f"{name:14}{value}")
-
-    line("question", printable(prompts.question))
-    line("rows", f"{len(rows)}: {positives} {prompts.word(1)} ({share:.1%}), "
+    print_line("question", printable(prompts.question))
+    print_line("rows", f"{len(rows)}: {positives} {prompts.word(1)} ({share:.1%}), "
                  f"{negatives} {prompts.word(0)}")
-    line("explanations", f"{len(answer_lengths)}; "
+    print_line("explanations", f"{len(answer_lengths)}; "
                          f"{len(rows) - len(answer_lengths)} rows without one")
-    line("prompts", spread(prompt_lengths))
-    line("answers", f"{spread(answer_lengths)}; {too_long} over --max-answer {prompts.max_answer}")
-    line("cut", f"{len(cuts)} texts lose {sum(cuts)} tokens to --max-prompt {prompts.max_prompt}")
-    line("groups", f"{len(groups)}; {ungrouped} rows without one")
-    line("duplicates", f"{repeated} rows repeat another's text")
+    print_line("prompts", spread(prompt_lengths))
+    print_line("answers", f"{spread(answer_lengths)}; "
+                          f"{too_long} over --max-answer {prompts.max_answer}")
+    print_line("cut", f"{len(cuts)} texts lose {sum(cuts)} tokens "
+                      f"to --max-prompt {prompts.max_prompt}")
+    print_line("groups", f"{len(groups)}; {ungrouped} rows without one")
+    print_line("duplicates", f"{repeated} rows repeat another's text")
+
+
+def print_line(name, value):
+    """Prints one line of an overview."""
+    print(f"{name:14}{value}")
 
 
 def spread(lengths):
@@ -396,8 +400,8 @@ def print_leaks(train, test):
     """
     print(f"\nof {len(test)} test rows, this many share with a training row:")
     for name, count in count_shared(train, test).items():
-        print(f"{name:14}{count}")
-    print(f"{'near text':14}{count_near_texts(train, test)}")
+        print_line(name, count)
+    print_line("near text", count_near_texts(train, test))
 
 
 # --- the command ----------------------------------------------------------------------------------

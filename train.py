@@ -27,7 +27,7 @@ import torch
 
 from clsgen import CLSGen, add_lora, joint_loss, label_loss, total_loss
 from data import collate, encode_rows, read_rows
-from metrics import auroc, calibrated, collapse, interval_warnings, score_metrics, sigmoid
+from metrics import auroc, collapse, sigmoid
 from plumbing.adapter import load_adapter
 from plumbing.checkpoint import base_fingerprint, base_name, load_llama
 from plumbing.model_checks import check_base
@@ -35,12 +35,11 @@ from plumbing.ranks import Ranks
 from plumbing.remarks import (
     print_remarks, refuse_contradictions, warn_of_default_question, warn_of_shared)
 from plumbing.resume import restore, save_state
-from plumbing.script import pick_device, printable, run_main, stop_signals
+from plumbing.script import pick_device, run_main, stop_signals
 from plumbing.split import split_valid, split_valid_formerly
-from plumbing.tables import table
 from plumbing.train_arguments import (
     check_arguments, configuration, loss_weights, parse, trains_head)
-from plumbing.training_log import TrainingLog, begin_run_folder, introduce
+from plumbing.training_log import TrainingLog, begin_run_folder, conclude, introduce
 from prompts import Prompts
 from run import Fitted, Run, check_read_out, fit, read_out_mark, save_run
 
@@ -91,7 +90,7 @@ def main(argv=None):
 
     # a new run folder, or one to continue with
     config = configuration(args, prompts, steps, dtype, device, ranks)
-    introduce(config, parts, train, valid, prompts)
+    introduce(args, config, parts, (train_rows, valid_rows), (train, valid), prompts)
     state = {"config": config, "step": 0, "tokens": 0, "seconds": 0.0}
     kept = {}  # z of the last validation; with --keep-best, z and the weights of the best one
     if args.resume:
@@ -150,7 +149,7 @@ def main(argv=None):
             for name, parameter in trainable.items():
                 parameter.data.copy_(kept[name])
         base_rate = float(np.mean(labels))
-        finish(args, model, prompts, valid_rows, kept["z"].numpy(), base_rate, state["best_step"])
+        finish(args, model, prompts, valid_rows, kept["z"].numpy(), base_rate, state)
 
 
 # --- one step -------------------------------------------------------------------------------------
@@ -340,12 +339,12 @@ def load_rows(args, prompts):
     return train, valid
 
 
-def finish(args, model, prompts, rows, z, base_rate, step):
+def finish(args, model, prompts, rows, z, base_rate, state):
     """Fits calibration and threshold on the validation rows, saves the run, prints what came out.
 
     The fit: p = sigmoid(z / temperature + bias), and the label is p >= threshold.
     z (N,): the raw logits of the rows. base_rate: the share of class 1 in the training rows, and
-    step: the one after which the weights were taken; both are only put on record.
+    state["best_step"]: after which step the weights were taken; both are only put on record.
     """
     y = np.array([row["label"] for row in rows])
     scorer = "head"
@@ -353,34 +352,14 @@ def finish(args, model, prompts, rows, z, base_rate, step):
         scorer = "label_token"
         z = Run(model, prompts, Fitted(scorer)).raw_logits(rows)
     fitted, sentence = fit(scorer, y, z, base_rate)
-    print(sentence)
-
     run = Run(model, prompts, fitted, str(args.out))
     save_run(run, args.out, {
         "base": base_name(args.model),
         "base_fingerprint": base_fingerprint(args.model),
         "lora": {"rank": args.rank, "alpha": args.alpha, "targets": list(args.targets)},
-        "step": step,
+        "step": state["best_step"],
     })
-
-    p = calibrated(z, fitted.temperature, fitted.bias)
-    groups = [row.get("group") for row in rows]
-    columns = {"calibrated": score_metrics(y, p, p >= fitted.threshold, groups=groups),
-               "raw": score_metrics(y, sigmoid(z), groups=groups)}
-    print(f"\n{len(y)} validation rows, the ones for calibration and threshold:\n")
-    for warning in interval_warnings(y, groups):
-        print(f"warning: {warning}")
-    print(table(columns, ("auroc", "f1", "log_loss", "ece", "ece_floor")))
-
-    first_middle_last = {0, len(rows) // 2, len(rows) - 1}  # of two rows, two of them are the same
-    for record in run.predict([rows[i] for i in sorted(first_middle_last)]):
-        stated = "nothing"
-        if record["stated_label"] is not None:
-            stated = prompts.labels[record["stated_label"]]
-        print(f"\nrow {record['id']!r}: probability {record['probability']:.3f}, label "
-              f"{prompts.labels[record['true_label']]}; the text states {stated}:\n"
-              f"  {printable(record['explanation'])}")
-    print(f"\nrun folder: {args.out}")
+    conclude(run, rows, z, sentence, state["seconds"], args)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import os
+import resource
 import signal
 import sys
 import unicodedata
@@ -133,6 +134,16 @@ def versions():
     for package in ("torch", "numpy", "safetensors", "tokenizers"):
         found[package] = version(package)
     return found
+
+
+def peak_memory(device):
+    """The most memory that this process had, and that of its GPU, as a phrase."""
+    bytes_per_unit = 1 if sys.platform == "darwin" else 1024
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit
+    if device.type != "cuda":
+        return f"{own / 1e9:.1f} GB of memory"
+    on_gpu = torch.cuda.max_memory_allocated(device)
+    return f"{own / 1e9:.1f} GB of memory, {on_gpu / 1e9:.1f} GB on the GPU"
 
 
 def keep_freed_memory():

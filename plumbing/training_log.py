@@ -1,15 +1,20 @@
-"""What a training says: its first screen, the progress bar, and log.jsonl."""
+"""What a training says: its first screen, the progress bar, log.jsonl, and its last screen."""
 
 import json
 import os
+import shlex
 import sys
+import textwrap
 import time
 
+import numpy as np
 from tqdm import tqdm
 
-from data import show
+from data import print_counts, print_line, show
+from metrics import calibrated, interval_warnings, score_metrics
 from plumbing.files import write_atomically
 from plumbing.resume import STATE
+from plumbing.script import peak_memory, printable
 
 # Measured at each validation, but too much for the screen
 LOGGED_ONLY = ("parsable", "empty", "distinct_2", "rep_4", "reference_nll")
@@ -25,26 +30,36 @@ def begin_run_folder(folder, config):
     write_atomically(folder / "log.jsonl", json.dumps({"config": config}) + "\n")
 
 
-def introduce(config, parts, train, valid, prompts):
-    """The first screen: configuration, what trains, how much data, one row as the model sees it."""
-    for key, value in config.items():
-        if isinstance(value, list):
-            value = " ".join(map(str, value))
-        print(f"{key:15} {value}")
-    for name, parameters in parts.items():
-        count = sum(parameter.numel() for parameter in parameters.values())
-        print(f"{name:7} {count:>12,} parameters")
+def introduce(args, config, parts, rows, examples, prompts):
+    """The first screen: what a person checks before a long training.
 
+    rows, examples: (training, validation) of each.
+    """
+    train_rows, valid_rows = rows
+    train = examples[0]
+    print_counts(train_rows, train, prompts)
+    positives = sum(row["label"] for row in valid_rows)
+    print_line("validation", f"{len(valid_rows)} rows: {positives} {prompts.word(1)}, "
+                             f"{len(valid_rows) - positives} {prompts.word(0)}")
+
+    weights = {}
+    for part, parameters in parts.items():
+        weights[part] = sum(parameter.numel() for parameter in parameters.values())
+    print_line("model", f"{printable(args.model)}, {config['dtype']} on {config['device']}")
+    print_line("trains", f"{weights['lora']:,} weights of LoRA, {weights['head']:,} of the score "
+                         f"head; {weights['frozen']:,} are frozen")
+    if args.cls_weight == 0:
+        print_line("", "--cls-weight 0: the score head is not used")
     tokens = sum(len(example) for example in train)
-    cut = sum(example.tokens_cut > 0 for example in train)
-    unexplained = sum(not example.answer for example in train)
-    print(f"train   {len(train):>12,} rows, {tokens:,} tokens an epoch, {cut} texts cut; "
-          f"{unexplained} rows train the score head only")
-    print(f"valid   {len(valid):>12,} rows\n\n{show(train[0], prompts)}\n")
+    print_line("steps", f"{config['steps']}, of {args.batch} rows; {tokens:,} tokens an epoch")
+    print_line("log", f"{printable(str(args.out))}/log.jsonl; its first line has all settings")
+
+    print(f"\nthe first row, format {prompts.format}:\n\n{show(train[0], prompts)}\n")
     if config["steps"] < FEW_STEPS:
+        plural = "" if config["steps"] == 1 else "s"
         print(f"warning: {len(train)} training rows, {config['batch']} a step, make only "
-              f"{config['steps']} steps, which is too few to learn much: more rows, more --epochs "
-              f"or a smaller --batch make more\n")
+              f"{config['steps']} step{plural}, which is too few to learn much: more rows, more "
+              f"--epochs or a smaller --batch make more\n")
     sys.stdout.flush()
 
 
@@ -55,20 +70,30 @@ class TrainingLog:
         self.file = open(os.devnull if silent else folder / "log.jsonl", "a")
         self.bar = tqdm(total=steps, initial=state["step"], desc="train", disable=silent)
         self.start = time.perf_counter() - state["seconds"]
+        self.steps = 0  # of this process
 
     def seconds(self):
         """How long this training has taken so far, before and after it was resumed."""
         return round(time.perf_counter() - self.start, 2)
 
     def step(self, state, losses, learning_rate):
-        line = {"step": state["step"], **losses, "lr": learning_rate,
-                "tokens": state["tokens"], "seconds": state["seconds"]}
-        print(json.dumps(line), file=self.file, flush=True)
+        record = {"step": state["step"], **losses, "lr": learning_rate,
+                  "tokens": state["tokens"], "seconds": state["seconds"]}
+        print(json.dumps(record), file=self.file, flush=True)
 
         shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
         speed = state["tokens"] / max(state["seconds"], 0.01)
         self.bar.set_postfix_str(f"{shown} {speed:.0f} tok/s", refresh=False)
         self.bar.update()
+
+        # the first step is slow, so the third is the first to judge by
+        self.steps += 1
+        if self.steps == 1:
+            self.first_step_ended = time.perf_counter()
+        if self.steps == 3:
+            seconds_a_step = (time.perf_counter() - self.first_step_ended) / 2
+            minutes = seconds_a_step * (self.bar.total - state["step"]) / 60
+            self.bar.write(f"about {max(1, round(minutes))} min to go, without validations")
 
     def validation(self, step, measured):
         print(json.dumps({"step": step, "valid": measured}), file=self.file, flush=True)
@@ -88,3 +113,48 @@ class TrainingLog:
 
     def __exit__(self, *error):
         self.close()
+
+
+def conclude(run, rows, z, sentence, seconds, args):
+    """The last screen: three predictions, and five lines.
+
+    rows, z: the validation rows and their raw logits (N,); sentence: what run.fit has said.
+    """
+    first_middle_last = {0, len(rows) // 2, len(rows) - 1}  # of two rows, two of them are the same
+    for record in run.predict([rows[i] for i in sorted(first_middle_last)]):
+        stated = "nothing"
+        if record["stated_label"] is not None:
+            stated = run.prompts.labels[record["stated_label"]]
+        print(f"\nrow {record['id']!r}: probability {record['probability']:.3f}, label "
+              f"{run.prompts.labels[record['true_label']]}; the text states {stated}:\n"
+              f"  {textwrap.shorten(printable(record['explanation']), 400)}")
+    print()
+
+    y = np.array([row["label"] for row in rows])
+    groups = [row.get("group") for row in rows]
+    p = calibrated(z, run.fitted.temperature, run.fitted.bias)
+    measured = score_metrics(y, p, groups=groups)
+    for warning in interval_warnings(y, groups):
+        print(f"warning: {warning}")
+    print_line("validation", f"AUROC {value(measured, 'auroc')}, log loss "
+                             f"{value(measured, 'log_loss')} on {len(y)} rows")
+    print_line("fitted there", f"{sentence}; threshold {run.fitted.threshold:.3f}")
+    print_line("cost", f"{seconds / 60:.1f} min, {peak_memory(run.device)}")
+    print_line("run folder", printable(str(args.out)))
+
+    # the test file next to the training file, if there is one
+    test = args.data.with_name("test.jsonl")
+    if not test.exists():
+        test = "test.jsonl"
+    command = shlex.join(["python", "eval.py", "--run", str(args.out), "--data", str(test)])
+    print_line("next", printable(command))
+
+
+def value(measured, name):
+    """A metric with its interval."""
+    if measured[name] is None:
+        return "n/a"
+    limits = measured["intervals"].get(name)
+    if limits is None:
+        return f"{measured[name]:.3f}"
+    return f"{measured[name]:.3f} [{limits[0]:.3f}, {limits[1]:.3f}]"

@@ -147,6 +147,28 @@ def test_two_validation_rows_are_shown_once_each(tiny, rows, tmp_path, capsys):
     assert capsys.readouterr().out.count("probability 0.") == 2
 
 
+def test_the_first_and_the_last_screen(tiny, rows, tmp_path, capsys):
+    """Fails if one of the lines is missing that a person checks before and after a training."""
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    test = write_rows(tmp_path / "test.jsonl", rows)
+    main(arguments(tiny, data, tmp_path / "run", "--epochs", 1, "--question", "Bad?"))
+    first, last = capsys.readouterr().out.split("the first row, format chatml:")
+    for words in (
+        "question      Bad?\n", "rows          28: ", "explanations  22; 6 rows without one\n",
+        "validation    12 rows: ", "weights of LoRA, 32 of the score head",
+        "steps         4, of 8 rows; ",
+        f"log           {tmp_path}/run/log.jsonl",
+    ):
+        assert words in first, first
+    assert "min to go" in last
+    validation, fitted, cost, folder, following = last.splitlines()[-5:]
+    assert re.match(r"validation    AUROC \d.* log loss \d.* on 12 rows", validation)
+    assert re.match(r"fitted there  nothing is fitted: .* threshold 0.500", fitted)
+    assert re.match(r"cost          0.\d min, \d.\d GB of memory", cost)
+    assert folder == f"run folder    {tmp_path}/run"
+    assert following == f"next          python eval.py --run {tmp_path}/run --data {test}"
+
+
 def test_label_only_rows_have_no_place_in_lm_only_training(tiny, rows_file, tmp_path):
     """Fails if --cls-weight 0 silently trains on fewer rows than it was given."""
     with pytest.raises(ValueError, match="rows have none, the first is"):
