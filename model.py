@@ -24,10 +24,10 @@ from attention import attend, causal_mask, recomputed
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, the mean in float32 (arXiv 1910.07467)."""
 
-    def __init__(self, size, eps):
+    def __init__(self, c, size):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps = c.rms_norm_eps
 
     def forward(self, x):
         wide = x.float()
@@ -51,8 +51,8 @@ class Attention(nn.Module):
         self.q_norm = None
         self.k_norm = None
         if c.qk_norm:
-            self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
-            self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+            self.q_norm = RMSNorm(c, c.head_dim)
+            self.k_norm = RMSNorm(c, c.head_dim)
 
     def qkv(self, x):  # a method of its own: plumbing/packed.py makes it one matrix product
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
@@ -112,9 +112,9 @@ class Block(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm = RMSNorm(c, c.hidden_size)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c, c.hidden_size)
         self.mlp = MLP(c)
 
     def forward(self, x, rope, mask, cache=None, places=None):
@@ -133,7 +133,7 @@ class Llama(nn.Module):
         self.checkpointing = False  # True: whole blocks are recomputed, for less memory still
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config, config.hidden_size)
         self.lm_head = None  # then the embedding matrix takes its place, see `logits`
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -265,24 +265,12 @@ class LlamaConfig:
     sliding_window: int | None = None  # how many tokens a token sees, itself included; None: all
 
 
-@dataclass
-class Family:
-    """What a model_type of config.json decides, for read_config in plumbing/checkpoint.py.
-
-    None: config.json's attention_bias decides.
-    """
-
-    activation: str = "silu"
-    qkv_bias: bool | None = None
-    o_bias: bool | None = None
-    qk_norm: bool = False
-    sliding_window: bool = False  # True: every layer has the window that config.json names
-    needs_head_dim: bool = False  # True: head_dim must be in config.json, and has no default
-
-
+# What each model_type of config.json changes in the fields above. `read_config` takes the value
+# from config.json where the row says STATED (plumbing/checkpoint.py)
+STATED = "stated in config.json"
 FAMILIES = {
-    "llama": Family(),
-    "mistral": Family(sliding_window=True),  # arXiv 2310.06825
-    "qwen2": Family(qkv_bias=True, o_bias=False),  # arXiv 2407.10671
-    "qwen3": Family(qk_norm=True, needs_head_dim=True),  # arXiv 2505.09388
+    "llama": {},
+    "mistral": {"sliding_window": STATED},  # arXiv 2310.06825
+    "qwen2": {"qkv_bias": True, "o_bias": False},  # arXiv 2407.10671
+    "qwen3": {"qk_norm": True},  # arXiv 2505.09388
 }

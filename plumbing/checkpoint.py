@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from model import FAMILIES, Llama, LlamaConfig
+from model import ACTIVATIONS, FAMILIES, STATED, Llama, LlamaConfig
 from plumbing.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]  # where the scripts are
@@ -83,9 +83,12 @@ def read_config(raw, name="config.json"):
     known = isinstance(model_type, str) and model_type in FAMILIES
     expect(known, "model_type", model_type, "one of " + ", ".join(FAMILIES))
     family = FAMILIES[model_type]
-    for key, fixed in (("hidden_act", family.activation), *FIXED.items()):
+    for key, fixed in FIXED.items():
         value = raw.get(key, fixed)
         expect(value == fixed, key, value, repr(fixed))
+    activation = raw.get("hidden_act", "silu")
+    known = isinstance(activation, str) and activation in ACTIVATIONS
+    expect(known, "hidden_act", activation, "one of " + ", ".join(ACTIVATIONS))
 
     # sizes
     vocab_size = size("vocab_size")
@@ -98,7 +101,7 @@ def read_config(raw, name="config.json"):
     positions = size("max_position_embeddings")
 
     head_dim = raw.get("head_dim")
-    if head_dim is None and not family.needs_head_dim:
+    if head_dim is None:
         head_dim = hidden_size // heads
     fits = type(head_dim) is int and head_dim > 0 and head_dim % 2 == 0
     fits = fits and heads * head_dim < TOO_LARGE
@@ -116,23 +119,25 @@ def read_config(raw, name="config.json"):
         rope_scaling = {key: number(key, rope) for key in ROPE_NUMBERS[rope_type]}
 
     # the window: of all layers or of none. Qwen2 stores one that it does not use
+    has_window = family.get("sliding_window") == STATED
     layer_types = raw.get("layer_types") or []
-    layer_type = "sliding_attention" if family.sliding_window else "full_attention"
+    layer_type = "sliding_attention" if has_window else "full_attention"
     same = isinstance(layer_types, list) and all(kind == layer_type for kind in layer_types)
     expect(same, "layer_types", layer_types, f"a list of {layer_type} only")
     uses_window = raw.get("use_sliding_window")
     expect(not uses_window, "use_sliding_window", uses_window, "false")
-    sliding_window = None
-    if family.sliding_window:
+
+    # variants: config.json's, then the family's own
+    has_bias = bool(raw.get("attention_bias"))
+    variants = {"activation": activation, "qkv_bias": has_bias, "o_bias": has_bias}
+    for field, value in family.items():
+        if value != STATED:
+            variants[field] = value
+    if has_window:
         stated = "sliding_window" in raw  # where it is missing, transformers would take 4096
         expect(stated, "sliding_window", None, "a number or null")
         if raw["sliding_window"] is not None:
-            sliding_window = size("sliding_window")
-
-    # biases
-    has_bias = bool(raw.get("attention_bias"))
-    qkv_bias = has_bias if family.qkv_bias is None else family.qkv_bias
-    o_bias = has_bias if family.o_bias is None else family.o_bias
+            variants["sliding_window"] = size("sliding_window")
 
     unknown = sorted(raw.keys() - USED - HARMLESS - FIXED.keys())
     if unknown:
@@ -152,11 +157,7 @@ def read_config(raw, name="config.json"):
         rope_type=rope_type,
         rope_scaling=rope_scaling,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
-        activation=family.activation,
-        qkv_bias=qkv_bias,
-        o_bias=o_bias,
-        qk_norm=family.qk_norm,
-        sliding_window=sliding_window,
+        **variants,
     )
 
 
