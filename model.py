@@ -205,40 +205,76 @@ def rotate(x, cos, signed_sin):
 
 def rope_cos_sin(config, positions, dtype):
     """[cos | cos] and [-sin | sin] at positions (B or 1, T), each (B or 1, 1, T, E)."""
-    frequencies = rope_frequencies(config, positions.device)
+    frequencies, amplitude = rope_frequencies(config, positions.device)
     angles = positions[:, None, :, None] * frequencies  # (B or 1, 1, T, E/2), float32
-    cos = torch.cat((angles.cos(), angles.cos()), dim=-1)
-    signed_sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)
-    return cos.to(dtype), signed_sin.to(dtype)
+    cos = amplitude * angles.cos()
+    sin = amplitude * angles.sin()
+    signed_sin = torch.cat((-sin, sin), dim=-1)
+    return torch.cat((cos, cos), dim=-1).to(dtype), signed_sin.to(dtype)
 
 
 def rope_frequencies(config, device=None):
-    """The angle that each of the E/2 pairs turns by from one position to the next, float32."""
+    """(the angle that each of the E/2 pairs turns by from one position to the next, amplitude).
+
+    The angles are float32. The amplitude, by which cos and sin are multiplied, is 1 but for YaRN.
+    """
     exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
-    return ROPE_SCALINGS[config.rope_type](frequencies, config.rope_scaling)
+    return ROPE_SCALINGS[config.rope_type](frequencies, config)
 
 
-def default_rope(frequencies, scaling):
-    return frequencies
+# Each of these functions is the one of the same name in transformers' modeling_rope_utils.py
+def default_rope(frequencies, config):
+    return frequencies, 1.0
 
 
-def llama3_rope(frequencies, scaling):
-    """Llama 3.1: slows long waves down by `factor`, keeps short ones, and blends in between.
+def linear_rope(frequencies, config):
+    """Position interpolation (arXiv 2306.15595): `factor` times as many positions, all closer."""
+    return frequencies / config.rope_scaling["factor"], 1.0
 
-    As transformers' modeling_rope_utils.py, _compute_llama3_parameters.
-    """
+
+def llama3_rope(frequencies, config):
+    """Llama 3.1: slows long waves down by `factor`, keeps short ones, and blends in between."""
+    scaling = config.rope_scaling
     low = scaling["low_freq_factor"]
     high = scaling["high_freq_factor"]
     # how often each pair turns around within the length of the original training
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
+    return keep * frequencies + (1 - keep) * frequencies / scaling["factor"], 1.0
+
+
+def yarn_rope(frequencies, config):
+    """YaRN (arXiv 2309.00071): as llama3_rope, but the blend is linear in the number of the pair.
+
+    A larger amplitude makes attention sharper, which long texts need.
+    """
+    scaling = config.rope_scaling
+
+    def pair_that_turns(times):
+        """Which pair turns around so often within the original length, as a fraction."""
+        wavelength = scaling["original_max_position_embeddings"] / times
+        return len(frequencies) * math.log(wavelength / (2 * math.pi)) / math.log(config.rope_theta)
+
+    first = max(math.floor(pair_that_turns(scaling["beta_fast"])), 0)
+    last = min(math.ceil(pair_that_turns(scaling["beta_slow"])), config.head_dim - 1)
+    if first == last:
+        last += 0.001
+    pairs = torch.arange(len(frequencies), device=frequencies.device)
+    slow = ((pairs - first) / (last - first)).clamp(0, 1)
+    blended = slow * frequencies / scaling["factor"] + (1 - slow) * frequencies
+    return blended, scaling["attention_factor"]
 
 
 # --- what differs between models ------------------------------------------------------------------
 ACTIVATIONS = {"silu": F.silu}
-ROPE_SCALINGS = {"default": default_rope, "llama3": llama3_rope}
+ROPE_SCALINGS = {
+    "default": default_rope,
+    "dynamic": default_rope,  # within max_position_embeddings it changes nothing
+    "linear": linear_rope,
+    "llama3": llama3_rope,
+    "yarn": yarn_rope,
+}
 
 
 @dataclass
@@ -252,7 +288,7 @@ class LlamaConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    max_position_embeddings: int  # positions that it was trained on
+    max_position_embeddings: int  # positions that it can read
     rms_norm_eps: float
     rope_theta: float = 10000.0
     rope_type: str = "default"

@@ -26,10 +26,11 @@ DEFAULT_MODEL = str(ROOT / "models" / "smollm2-135m")  # of every script, called
 # Keys that would change the computation, with the one value of each that is computed here
 FIXED = {
     "mlp_bias": False,
-    "attention_dropout": 0.0,
     "rope_interleaved": False,
     "partial_rotary_factor": 1.0,
-    "quantization_config": None,
+    "mscale": None,  # these three are YaRN's, as DeepSeek and GPT-OSS have it
+    "mscale_all_dim": None,
+    "truncate": True,
     "transformers_weights": None,  # would name another file of weights
 }
 # Keys that are read below, and keys that change nothing here
@@ -37,17 +38,34 @@ USED = set(
     "model_type hidden_act tie_word_embeddings attention_bias sliding_window use_sliding_window"
     " layer_types rms_norm_eps rope_theta rope_scaling rope_parameters vocab_size hidden_size"
     " intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
-    " max_position_embeddings".split()
+    " max_position_embeddings max_sequence_length".split()
 )
 HARMLESS = set(
-    "architectures _name_or_path dtype torch_dtype transformers_version use_cache bos_token_id"
-    " eos_token_id pad_token_id initializer_range pretraining_tp max_window_layers is_llama_config"
-    " transformers.js_config id2label label2id".split()
+    # names, versions, and how the model is to be stored or run
+    "architectures _name_or_path name_or_path auto_map dtype torch_dtype transformers_version"
+    " use_cache attn_implementation _attn_implementation _attn_implementation_autoset"
+    " is_llama_config transformers.js_config unsloth_version unsloth_fixed tokenizer_class"
+    " model_max_length pretraining_tp max_window_layers use_mrope use_bfloat16 torchscript"
+    # of training it
+    " initializer_range attention_dropout residual_dropout hidden_dropout attn_pdrop embd_pdrop"
+    " resid_pdrop gradient_checkpointing finetuned"
+    # of other tasks and outputs
+    " id2label label2id num_labels problem_type classifier_dropout finetuning_task"
+    " task_specific_params output_attentions output_hidden_states return_dict"
+    # tokens, which `read_eos_ids` reads, and defaults of generation
+    " bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id do_sample temperature top_k"
+    " top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size bad_words_ids"
+    " suppress_tokens num_beams early_stopping max_length min_length max_new_tokens"
+    " num_return_sequences".split()
 )
 # What each rope_type has to be told
 ROPE_NUMBERS = {
     "default": (),
+    "dynamic": ("factor",),
+    "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
+             "attention_factor"),
 }
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -64,6 +82,8 @@ def read_config(raw, name="config.json"):
     def expect(fits, key, value, expected):
         if not fits:
             found = "missing" if value is None and key not in raw else repr(value)
+            if len(found) > 80:
+                found = found[:80] + " ..."
             raise ValueError(f"{name}: {key} is {found}, expected {expected}")
 
     def number(key, source=raw):
@@ -72,19 +92,29 @@ def read_config(raw, name="config.json"):
         expect(is_number, key, value, "a number above 0")
         return value
 
-    def size(key, default=None):
-        value = raw.get(key, default)
+    def expect_size(key, value):
         is_size = type(value) is int and 0 < value < TOO_LARGE
         expect(is_size, key, value, "a whole number from 1 to 2^24 - 1")
+
+    def size(key, default=None):
+        value = raw.get(key, default)
+        expect_size(key, value)
         return value
+
+    for key in ("quantization_config", "quantization", "compression_config"):
+        if raw.get(key):
+            raise ValueError(f"{name}: {key} is set, so the weights are quantised, expected plain "
+                             "ones: take the unquantised version of this model")
 
     # the family, and what is fixed
     model_type = raw.get("model_type")
     known = isinstance(model_type, str) and model_type in FAMILIES
     expect(known, "model_type", model_type, "one of " + ", ".join(FAMILIES))
     family = FAMILIES[model_type]
+    rope = rope_settings(raw)
+    expect(isinstance(rope, dict), "rope_scaling", rope, "an object or null")
     for key, fixed in FIXED.items():
-        value = raw.get(key, fixed)
+        value = {**raw, **rope}.get(key, fixed)
         expect(value == fixed, key, value, repr(fixed))
     activation = raw.get("hidden_act", "silu")
     known = isinstance(activation, str) and activation in ACTIVATIONS
@@ -98,7 +128,8 @@ def read_config(raw, name="config.json"):
     heads = size("num_attention_heads")
     kv_heads = size("num_key_value_heads", default=heads)  # old Llama configs leave it out
     expect(heads % kv_heads == 0, "num_key_value_heads", kv_heads, f"a divisor of {heads}")
-    positions = size("max_position_embeddings")
+    positions = positions_of(raw)
+    expect_size("max_position_embeddings", positions)
 
     head_dim = raw.get("head_dim")
     if head_dim is None:
@@ -107,13 +138,14 @@ def read_config(raw, name="config.json"):
     fits = fits and heads * head_dim < TOO_LARGE
     expect(fits, "head_dim", head_dim, f"an even number below 2^24 / {heads}")
 
-    # rotary positions: `rope_theta` and `rope_scaling`, or transformers 5's `rope_parameters`
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    expect(isinstance(rope, dict), "rope_scaling", rope, "an object or null")
+    # rotary positions
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     known = isinstance(rope_type, str) and rope_type in ROPE_NUMBERS
     expect(known, "rope_type", rope_type, "one of " + ", ".join(ROPE_NUMBERS))
     rope_theta = number("rope_theta", {"rope_theta": 10000.0, **raw, **rope})  # the last one wins
+    if rope_type == "yarn":  # what is left out is as in the paper
+        attention_factor = 0.1 * math.log(max(number("factor", rope), 1)) + 1
+        rope = {"beta_fast": 32, "beta_slow": 1, "attention_factor": attention_factor, **rope}
     rope_scaling = None
     if ROPE_NUMBERS[rope_type]:
         rope_scaling = {key: number(key, rope) for key in ROPE_NUMBERS[rope_type]}
@@ -139,7 +171,9 @@ def read_config(raw, name="config.json"):
         if raw["sliding_window"] is not None:
             variants["sliding_window"] = size("sliding_window")
 
-    unknown = sorted(raw.keys() - USED - HARMLESS - FIXED.keys())
+    known = USED | HARMLESS | FIXED.keys()
+    known_of_rope = known | {"rope_type", "type", *ROPE_NUMBERS[rope_type]}
+    unknown = sorted((raw.keys() - known) | (rope.keys() - known_of_rope))
     if unknown:
         print(f"warning: {name}: unknown keys: {unknown}", file=sys.stderr)
 
@@ -159,6 +193,33 @@ def read_config(raw, name="config.json"):
         tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
         **variants,
     )
+
+
+def rope_settings(raw):
+    """What a config.json says about rotary positions: `rope_scaling`, or `rope_parameters` (new).
+
+    A value of null says nothing.
+    """
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        return rope
+    return {key: value for key, value in rope.items() if value is not None}
+
+
+def positions_of(raw):
+    """How many positions a config.json gives its model, or what else it says there.
+
+    LLaMA-1's configs have another name for it. YaRN makes it `factor` times as many: the cards of
+    Qwen tell their readers to add YaRN, and to leave the number as it is.
+    """
+    positions = raw.get("max_position_embeddings", raw.get("max_sequence_length"))
+    rope = rope_settings(raw)
+    if isinstance(rope, dict) and rope.get("rope_type", rope.get("type")) == "yarn":
+        numbers = [positions, rope.get("factor"), rope.get("original_max_position_embeddings")]
+        if all(type(number) in (int, float) and 0 < number < TOO_LARGE for number in numbers):
+            positions, factor, original = numbers
+            positions = max(positions, int(factor * original))
+    return positions
 
 
 # --- a folder and its files -----------------------------------------------------------------------

@@ -6,7 +6,7 @@ import sys
 
 from safetensors import safe_open
 
-from plumbing.checkpoint import check_no_adapter, checkpoint_files, tensors_in
+from plumbing.checkpoint import check_no_adapter, checkpoint_files, positions_of, tensors_in
 from plumbing.script import printable
 
 
@@ -41,7 +41,9 @@ def check_model(folder, config, eos_ids, tokenizer, frame, max_prompt, max_answe
         raise ValueError(f"{folder}: vocab_size is {vocab_size!r}, but the tokenizer needs {least}")
 
     # ... and each position must be one that the model knows
-    positions = config.get("max_position_embeddings", math.inf)
+    positions = positions_of(config)
+    if positions is None:
+        positions = math.inf
     if type(positions) not in (int, float) or not positions >= max_prompt + max_answer:
         advice = "lower both"
         if type(positions) is int and positions > max_answer:

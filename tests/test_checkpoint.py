@@ -14,10 +14,10 @@ import torch
 from conftest import (
     CONFIG, ROOT, assert_refused, run_script, shard, write_model, write_tokenizer)
 from safetensors.torch import load_file, save_file
-from test_model import LLAMA3_ROPE
+from test_model import LLAMA3_ROPE, YARN
 
 from plumbing.checkpoint import (
-    DEFAULT_MODEL, base_fingerprint, base_name, find_base, load_llama, read_config)
+    DEFAULT_MODEL, base_fingerprint, base_name, find_base, load_llama, positions_of, read_config)
 from plumbing.train_arguments import parse
 from prompts import Prompts
 from run import load_run
@@ -60,7 +60,7 @@ def test_loading_takes_little_more_than_the_weights(tiny, tmp_path):
 
 BAD_CONFIGS = {
     "model_type": "unheard_of", "hidden_act": "gelu", "quantization_config": {"bits": 4},
-    "rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "hidden_size": "32",
+    "rope_scaling": {"rope_type": "longrope", "factor": 2.0}, "hidden_size": "32",
     "rms_norm_eps": None, "num_key_value_heads": 3, "num_hidden_layers": 0, "mlp_bias": True,
     "rope_theta": float("inf"), "layer_types": ["full_attention", "sliding_attention"],
     "vocab_size": True, "head_dim": 7, "intermediate_size": 2**24,
@@ -87,6 +87,61 @@ def test_unknown_config_key_warns_once(capsys):
     read_config({**CONFIG, "logit_softcap": 30, "torch_dtype": "bfloat16"})
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "logit_softcap" in error and "torch_dtype" not in error
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "quantization", "compression_config"])
+def test_a_quantised_model_is_refused_in_a_short_sentence(key):
+    """Fails if the sentence repeats all that is said about quantisation, or if mlx's key passes."""
+    about = {"quant_method": "gptq", "bits": 4, "modules": [f"layers.{i}" for i in range(99)]}
+    with pytest.raises(ValueError, match=f"^config.json: {key} .* unquantised version") as error:
+        read_config({**CONFIG, "model_type": "deepseek", key: about})
+    assert len(str(error.value)) < 160
+    read_config({**CONFIG, key: None})
+
+
+def test_a_long_value_is_not_repeated_in_full():
+    """Fails if a list of 48 layer types fills the screen."""
+    with pytest.raises(ValueError, match=r"layer_types is \['full.* \.\.\., expected a") as error:
+        read_config({**CONFIG, "layer_types": ["full_attention"] * 47 + ["linear_attention"]})
+    assert len(str(error.value)) < 200
+
+
+def test_llama_1_names_its_positions_otherwise():
+    """Fails if a config of 2023 without max_position_embeddings is refused."""
+    old = {**CONFIG, "max_sequence_length": 2048}
+    del old["max_position_embeddings"]
+    assert read_config(old) == read_config(CONFIG)
+
+
+@pytest.mark.parametrize("rope, due", [
+    (YARN, 2048), (YARN | {"factor": 8.0}, 4096), (YARN | {"factor": float("inf")}, 2048),
+    (YARN | {"type": "linear", "factor": 8.0}, 2048), ([], 2048), (None, 2048)])
+def test_yarn_makes_room_for_longer_prompts(rope, due):
+    """Fails if a user who adds YaRN as a model's card says gets no longer prompts, or if another
+    scaling, after which a model is trained on, makes room that is not there."""
+    assert positions_of({"max_position_embeddings": 2048, "rope_scaling": rope}) == due
+
+
+@pytest.mark.parametrize("key, value", [
+    ("mscale", 1.0), ("mscale_all_dim", 1.0), ("truncate", False), ("partial_rotary_factor", 0.5),
+    ("factor", None), ("factor", "4"), ("beta_fast", -1), ("attention_factor", True),
+    ("original_max_position_embeddings", None)])
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_a_part_of_rope_that_is_not_computed_is_refused(name, key, value):
+    """Fails if what stands among the numbers of rope is read by nobody, or is no number."""
+    rope = {key: value for key, value in {**YARN, key: value}.items() if value is not None}
+    with pytest.raises(ValueError, match=f"{key} is "):
+        read_config({**CONFIG, name: rope})
+    with pytest.raises(ValueError, match=f"{key} is "):
+        read_config({**CONFIG, name: {**YARN, key: value}})
+
+
+def test_unknown_parts_of_rope_warn(capsys):
+    """Fails if rope's settings may say anything; or if what changes nothing is complained about."""
+    read_config({**CONFIG, "rope_scaling": {**YARN, "finetuned": True, "beta_fast": None}})
+    assert capsys.readouterr().err == ""
+    read_config({**CONFIG, "rope_scaling": {**YARN, "low_freq_factor": 1}, "beta_slow": 1})
+    assert "['beta_slow', 'low_freq_factor']" in capsys.readouterr().err
 
 
 def break_checkpoint(folder, how):

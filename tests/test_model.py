@@ -12,6 +12,7 @@ from plumbing.checkpoint import load_llama
 
 LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
 
 
 VARIANTS = {
@@ -20,6 +21,11 @@ VARIANTS = {
     "one head a group": {"num_key_value_heads": 4},
     "head_dim": {"head_dim": 16},
     "llama3 rope": {"rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE},
+    "linear rope": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "dynamic rope": {"rope_scaling": {"rope_type": "dynamic", "factor": 6.0}},
+    "yarn": {"head_dim": 16, "rope_scaling": YARN},
+    "yarn, all its numbers": {"head_dim": 32, "rope_scaling": {
+        **YARN, "beta_fast": 8, "beta_slow": 0.5, "attention_factor": 1.5}},
     "bias": {"attention_bias": True},
     "mistral window": {"model_type": "mistral", "sliding_window": 7},
     "mistral": {"model_type": "mistral", "sliding_window": None},
