@@ -82,9 +82,9 @@ class CLSGen(nn.Module):
         label_ids: the token ids of "No." and of "Yes.". Where both begin with the same tokens, z is
         their log-odds only roughly.
         """
-        weight = self.model.output_weight()  # (V, D)
         _, no, yes = first_difference(label_ids)
-        self.score.weight.copy_(weight[yes].float() - weight[no].float())
+        no_row, yes_row = self.model.output_rows([no, yes])  # (D,) each
+        self.score.weight.copy_(yes_row - no_row)
 
     def start_head_at_random(self):
         """Starts the score head from N(0, 0.02^2), as Hugging Face's classification heads do.

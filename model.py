@@ -38,9 +38,11 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal attention in which H / K heads share a key/value head (arXiv 2305.13245)."""
 
-    def __init__(self, c):
+    def __init__(self, c, layer):
         super().__init__()
         self.head_dim = c.head_dim
+        self.has_rope = layer not in c.layers_without_rope
+        self.query_scale = c.query_scale
         q_size = c.num_attention_heads * c.head_dim
         kv_size = c.num_key_value_heads * c.head_dim
         self.q_proj = nn.Linear(c.hidden_size, q_size, bias=c.qkv_bias)
@@ -70,9 +72,14 @@ class Attention(nn.Module):
             q = self.q_norm(q)
             k = self.k_norm(k)
 
-        q = rotate(q.transpose(1, 2), *rope)  # (B, H, T, E)
-        k = rotate(k.transpose(1, 2), *rope)  # (B, K, T, E)
+        q = q.transpose(1, 2)  # (B, H, T, E)
+        k = k.transpose(1, 2)  # (B, K, T, E)
         v = v.transpose(1, 2)
+        if self.has_rope:
+            q = rotate(q, *rope)
+            k = rotate(k, *rope)
+        if self.query_scale != 1.0:
+            q = q * self.query_scale
 
         if cache is not None:
             rows, positions = places
@@ -108,20 +115,24 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each added to its input."""
+    """Attention and MLP, each added to its input: x + multiplier * f(norm(x)).
 
-    def __init__(self, c):
+    The multiplier is 1 in all models but Granite.
+    """
+
+    def __init__(self, c, layer):
         super().__init__()
+        self.multiplier = c.residual_multiplier
         self.input_layernorm = RMSNorm(c, c.hidden_size)
-        self.self_attn = Attention(c)
+        self.self_attn = Attention(c, layer)
         self.post_attention_layernorm = RMSNorm(c, c.hidden_size)
         self.mlp = MLP(c)
 
     def forward(self, x, rope, mask, cache=None, places=None):
         normed = recomputed(self.input_layernorm, x)
-        x = x + self.self_attn(normed, rope, mask, cache, places)
+        x = torch.add(x, self.self_attn(normed, rope, mask, cache, places), alpha=self.multiplier)
         normed = recomputed(self.post_attention_layernorm, x)
-        return x + self.mlp(normed)
+        return torch.add(x, self.mlp(normed), alpha=self.multiplier)
 
 
 class Llama(nn.Module):
@@ -132,7 +143,8 @@ class Llama(nn.Module):
         self.config = config
         self.checkpointing = False  # True: whole blocks are recomputed, for less memory still
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config, config.hidden_size)
         self.lm_head = None  # then the embedding matrix takes its place, see `logits`
         if not config.tie_word_embeddings:
@@ -146,7 +158,7 @@ class Llama(nn.Module):
         that follow and their positions (B, T). A later call reads all of the cache that it gets,
         so it is faster with cache[..., :n, :], the first n places, if no position is n or more.
         """
-        x = self.embed_tokens(input_ids)  # (B, T, D)
+        x = self.embed_tokens(input_ids) * self.config.embedding_multiplier  # (B, T, D)
         B, T, _ = x.shape
         is_prompt = positions is None
         if is_prompt:
@@ -170,15 +182,15 @@ class Llama(nn.Module):
 
     def logits(self, hidden):
         """Hidden states (..., D) -> logits over the vocabulary (..., V)."""
+        hidden = hidden / self.config.logits_scaling
         if self.lm_head is None:
             return F.linear(hidden, self.embed_tokens.weight)
         return self.lm_head(hidden)
 
-    def output_weight(self):
-        """The matrix (V, D) whose row v gives the logit of token v."""
-        if self.lm_head is None:
-            return self.embed_tokens.weight
-        return self.lm_head.weight
+    def output_rows(self, token_ids):
+        """Rows (n, D) in float32, whose products with a hidden state are these tokens' logits."""
+        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return weight[token_ids].float() / self.config.logits_scaling
 
     def new_cache(self, rows, size):
         """Room for the keys and values of C = `size` tokens a row, (layers, 2, B, K, C, E).
@@ -299,14 +311,34 @@ class LlamaConfig:
     o_bias: bool = False
     qk_norm: bool = False  # an RMSNorm on each head's queries and keys
     sliding_window: int | None = None  # how many tokens a token sees, itself included; None: all
+    layers_without_rope: tuple = ()  # numbers of layers, from 0, that do not rotate q and k
+    query_scale: float = 1.0  # of attention scores, on top of 1 / sqrt(E)
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0  # logits are divided by it
 
 
-# What each model_type of config.json changes in the fields above. `read_config` takes the value
-# from config.json where the row says STATED (plumbing/checkpoint.py)
+# What each model_type of config.json changes in the fields above. STATED: config.json has the value
+# under a name of its own, see `read_config` (plumbing/checkpoint.py). For a field that is a key of
+# config.json itself, the row has the value for a config.json without it
 STATED = "stated in config.json"
 FAMILIES = {
     "llama": {},
     "mistral": {"sliding_window": STATED},  # arXiv 2310.06825
     "qwen2": {"qkv_bias": True, "o_bias": False},  # arXiv 2407.10671
     "qwen3": {"qk_norm": True},  # arXiv 2505.09388
+    "seed_oss": {"qkv_bias": True, "o_bias": False},
+    "smollm3": {  # arXiv 2501.18795 found layers without rope
+        "layers_without_rope": STATED,
+        "rope_theta": 2000000.0,
+        "tie_word_embeddings": True,
+    },
+    "granite": {  # IBM's Granite 3, with the scales of muP, arXiv 2203.03466
+        "query_scale": STATED,
+        "embedding_multiplier": STATED,
+        "residual_multiplier": STATED,
+        "logits_scaling": STATED,
+    },
+    "internlm3": {},
+    "iquestcoder": {},
 }

@@ -28,6 +28,9 @@ FIXED = {
     "mlp_bias": False,
     "rope_interleaved": False,
     "partial_rotary_factor": 1.0,
+    "bias": False,  # these three are those of InternLM3 and IQuestCoder
+    "qkv_bias": False,
+    "clip_qkv": None,
     "mscale": None,  # these three are YaRN's, as DeepSeek and GPT-OSS have it
     "mscale_all_dim": None,
     "truncate": True,
@@ -38,14 +41,17 @@ USED = set(
     "model_type hidden_act tie_word_embeddings attention_bias sliding_window use_sliding_window"
     " layer_types rms_norm_eps rope_theta rope_scaling rope_parameters vocab_size hidden_size"
     " intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
-    " max_position_embeddings max_sequence_length".split()
+    " max_position_embeddings max_sequence_length no_rope_layers embedding_multiplier"
+    " residual_multiplier attention_multiplier logits_scaling".split()
 )
 HARMLESS = set(
     # names, versions, and how the model is to be stored or run
     "architectures _name_or_path name_or_path auto_map dtype torch_dtype transformers_version"
     " use_cache attn_implementation _attn_implementation _attn_implementation_autoset"
     " is_llama_config transformers.js_config unsloth_version unsloth_fixed tokenizer_class"
-    " model_max_length pretraining_tp max_window_layers use_mrope use_bfloat16 torchscript"
+    " model_max_length pretraining_tp use_bfloat16 torchscript"
+    # what the tensors or other keys say too, or what matters for images alone
+    " attention_out_bias max_window_layers no_rope_layer_interval use_mrope"
     # of training it
     " initializer_range attention_dropout residual_dropout hidden_dropout attn_pdrop embd_pdrop"
     " resid_pdrop gradient_checkpointing finetuned"
@@ -111,6 +117,7 @@ def read_config(raw, name="config.json"):
     known = isinstance(model_type, str) and model_type in FAMILIES
     expect(known, "model_type", model_type, "one of " + ", ".join(FAMILIES))
     family = FAMILIES[model_type]
+    variants = {field: value for field, value in family.items() if value != STATED}
     rope = rope_settings(raw)
     expect(isinstance(rope, dict), "rope_scaling", rope, "an object or null")
     for key, fixed in FIXED.items():
@@ -142,7 +149,8 @@ def read_config(raw, name="config.json"):
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     known = isinstance(rope_type, str) and rope_type in ROPE_NUMBERS
     expect(known, "rope_type", rope_type, "one of " + ", ".join(ROPE_NUMBERS))
-    rope_theta = number("rope_theta", {"rope_theta": 10000.0, **raw, **rope})  # the last one wins
+    theta = {"rope_theta": 10000.0, **variants, **raw, **rope}  # the last one wins
+    variants["rope_theta"] = number("rope_theta", theta)
     if rope_type == "yarn":  # what is left out is as in the paper
         attention_factor = 0.1 * math.log(max(number("factor", rope), 1)) + 1
         rope = {"beta_fast": 32, "beta_slow": 1, "attention_factor": attention_factor, **rope}
@@ -158,18 +166,31 @@ def read_config(raw, name="config.json"):
     expect(same, "layer_types", layer_types, f"a list of {layer_type} only")
     uses_window = raw.get("use_sliding_window")
     expect(not uses_window, "use_sliding_window", uses_window, "false")
-
-    # variants: config.json's, then the family's own
-    has_bias = bool(raw.get("attention_bias"))
-    variants = {"activation": activation, "qkv_bias": has_bias, "o_bias": has_bias}
-    for field, value in family.items():
-        if value != STATED:
-            variants[field] = value
     if has_window:
         stated = "sliding_window" in raw  # where it is missing, transformers would take 4096
         expect(stated, "sliding_window", None, "a number or null")
         if raw["sliding_window"] is not None:
             variants["sliding_window"] = size("sliding_window")
+
+    # layers without rope, which this list marks with a 0
+    if family.get("layers_without_rope") == STATED:
+        flags = raw.get("no_rope_layers")
+        fits = isinstance(flags, list) and len(flags) >= layers and all(x in (0, 1) for x in flags)
+        expect(fits, "no_rope_layers", flags, f"a list of {layers} times 0 or 1")
+        variants["layers_without_rope"] = tuple(i for i in range(layers) if not flags[i])
+
+    # Granite's multipliers
+    for key in ("embedding_multiplier", "residual_multiplier", "logits_scaling"):
+        if family.get(key) == STATED:
+            variants[key] = number(key)
+    if family.get("query_scale") == STATED:  # it takes the place of 1 / sqrt(head_dim)
+        variants["query_scale"] = number("attention_multiplier") * head_dim**0.5
+
+    # what a row of the table comes before, and what comes before a row
+    has_bias = bool(raw.get("attention_bias"))
+    variants = {"activation": activation, "qkv_bias": has_bias, "o_bias": has_bias, **variants}
+    is_tied = raw.get("tie_word_embeddings", variants.get("tie_word_embeddings"))
+    variants["tie_word_embeddings"] = bool(is_tied)
 
     known = USED | HARMLESS | FIXED.keys()
     known_of_rope = known | {"rope_type", "type", *ROPE_NUMBERS[rope_type]}
@@ -187,10 +208,8 @@ def read_config(raw, name="config.json"):
         head_dim=head_dim,
         max_position_embeddings=positions,
         rms_norm_eps=number("rms_norm_eps"),
-        rope_theta=rope_theta,
         rope_type=rope_type,
         rope_scaling=rope_scaling,
-        tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
         **variants,
     )
 

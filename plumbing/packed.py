@@ -45,6 +45,8 @@ class PackedAttention(Attention):
     def __init__(self, attention):
         nn.Module.__init__(self)
         self.head_dim = attention.head_dim
+        self.has_rope = attention.has_rope
+        self.query_scale = attention.query_scale
         self.q_norm = attention.q_norm
         self.k_norm = attention.k_norm
         self.packed_qkv = PackedLinears(attention.q_proj, attention.k_proj, attention.v_proj)

@@ -16,6 +16,7 @@ from conftest import (
 from safetensors.torch import load_file, save_file
 from test_model import LLAMA3_ROPE, YARN
 
+from model import FAMILIES
 from plumbing.checkpoint import (
     DEFAULT_MODEL, base_fingerprint, base_name, find_base, load_llama, positions_of, read_config)
 from plumbing.train_arguments import parse
@@ -73,6 +74,42 @@ def test_unsupported_config_is_refused_by_name(key):
     name = "rope_type" if key == "rope_scaling" else key
     with pytest.raises(ValueError, match=name):
         read_config({**CONFIG, key: BAD_CONFIGS[key]})
+
+
+STATED_KEYS = {"embedding_multiplier": 2.0, "residual_multiplier": 2.0, "attention_multiplier": 2.0,
+               "logits_scaling": 2.0, "no_rope_layers": [1, 0], "sliding_window": None}
+
+
+@pytest.mark.parametrize("model_type, key, value", [
+    ("granite", "embedding_multiplier", None), ("granite", "residual_multiplier", 0),
+    ("granite", "attention_multiplier", "1"), ("granite", "logits_scaling", -8.0),
+    ("smollm3", "no_rope_layers", None), ("smollm3", "no_rope_layers", [1]),
+    ("smollm3", "no_rope_layers", [1, 2]), ("smollm3", "no_rope_layers", "10"),
+    ("internlm3", "qkv_bias", True), ("internlm3", "bias", True), ("iquestcoder", "clip_qkv", 8),
+    ("mistral", "sliding_window", 0)])
+def test_what_a_family_leaves_to_config_json_is_checked(model_type, key, value):
+    """Fails if a missing or senseless value becomes another model, or ends in a traceback."""
+    good = {**CONFIG, **STATED_KEYS, "model_type": model_type}
+    read_config(good)
+    bad = {**good, key: value}
+    if value is None:
+        del bad[key]
+    with pytest.raises(ValueError, match=f"{key} is "):
+        read_config(bad)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_a_config_leaves_out_is_as_in_transformers(model_type):
+    """Fails if a key that a family's configs leave out, as it has its usual value, has another one
+    here."""
+    from transformers import AutoConfig
+
+    raw = {**CONFIG, **STATED_KEYS, "model_type": model_type}
+    del raw["rope_theta"], raw["tie_word_embeddings"], raw["hidden_act"]
+    config, theirs = read_config(raw), AutoConfig.for_model(model_type)
+    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert config.tie_word_embeddings == theirs.tie_word_embeddings
+    assert config.activation == theirs.hidden_act
 
 
 @pytest.mark.parametrize("value", [48, "full_attention", {"full_attention": 1}, [["full"]]])

@@ -65,6 +65,45 @@ PUBLISHED = {  # name: (config, sizes, what it has to become)
                 "attention_bias": False, "max_window_layers": 36, "sliding_window": None,
                 "rope_scaling": None, "tie_word_embeddings": False},
         (151936, 4096, 12288, 36, 32, 8, 40960), {"qk_norm": True, "qkv_bias": False}),
+    "Qwen2.5-7B-Instruct with YaRN, by unsloth": (
+        QWEN | {"model_type": "qwen2", "sliding_window": 131072, "max_window_layers": 28,
+                "use_mrope": False, "unsloth_version": "2025.1", "unsloth_fixed": True,
+                "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768,
+                                 "type": "yarn"}},
+        (152064, 3584, 18944, 28, 28, 4, 32768),
+        {"rope_type": "yarn", "max_position_embeddings": 131072}),
+    "Seed-OSS-36B-Instruct": (
+        QWEN | {"architectures": ["SeedOssForCausalLM"], "model_type": "seed_oss", "head_dim": 128,
+                "attention_bias": True, "attention_out_bias": False, "attention_dropout": 0.1,
+                "residual_dropout": 0.1, "mlp_bias": False, "rope_theta": 10000000.0,
+                "rope_scaling": {"rope_type": "default"}, "tie_word_embeddings": False},
+        (155136, 5120, 27648, 64, 80, 8, 524288),
+        {"qkv_bias": True, "o_bias": False, "head_dim": 128}),
+    "SmolLM3-3B": (
+        QWEN | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "mlp_bias": False,
+                "attention_bias": False, "layer_types": ["full_attention"] * 36,
+                "no_rope_layers": [1, 1, 1, 0] * 9, "no_rope_layer_interval": 4,
+                "max_window_layers": 28, "pretraining_tp": 2, "rope_scaling": None,
+                "rope_theta": 5000000.0, "sliding_window": None},
+        (128256, 2048, 11008, 36, 16, 4, 65536),
+        {"layers_without_rope": tuple(range(3, 36, 4)), "tie_word_embeddings": True}),
+    "granite-3.3-2b-instruct": (
+        LLAMA | {"architectures": ["GraniteForCausalLM"], "model_type": "granite",
+                 "attention_multiplier": 0.015625, "embedding_multiplier": 12.0,
+                 "logits_scaling": 8.0, "residual_multiplier": 0.22, "rope_theta": 10000000.0,
+                 "tie_word_embeddings": True}, (49159, 2048, 8192, 40, 32, 8, 131072),
+        {"query_scale": 0.125, "logits_scaling": 8.0}),
+    "internlm3-8b-instruct": (
+        SHARED | {"architectures": ["InternLM3ForCausalLM"], "model_type": "internlm3",
+                  "attention_dropout": 0.0, "bias": False, "qkv_bias": False, "head_dim": 128,
+                  "auto_map": {"AutoConfig": "configuration_internlm3.InternLM3Config"},
+                  "rms_norm_eps": 1e-5, "rope_theta": 50000000, "rope_scaling": {
+                      "factor": 6.0, "rope_type": "dynamic"}},
+        (128512, 4096, 10240, 48, 32, 2, 32768), {"rope_type": "dynamic", "qkv_bias": False}),
+    "IQuest-Coder-V1-40B-Instruct": (
+        LLAMA | {"model_type": "iquestcoder", "head_dim": 128, "clip_qkv": None,
+                 "use_sliding_window": False, "sliding_window": None, "rope_theta": 500000.0},
+        (76800, 5120, 27648, 80, 40, 8, 131072), {"head_dim": 128}),
 }
 
 

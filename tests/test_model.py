@@ -31,6 +31,18 @@ VARIANTS = {
     "mistral": {"model_type": "mistral", "sliding_window": None},
     "qwen2": {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 7},
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "seed_oss": {"model_type": "seed_oss", "head_dim": 16, "attention_bias": True,
+                 "attention_out_bias": False, "attention_dropout": 0.1, "residual_dropout": 0.1},
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 0], "no_rope_layer_interval": 2},
+    "smollm3, yarn": {"model_type": "smollm3", "no_rope_layers": [0, 1], "rope_scaling": YARN},
+    "granite": {"model_type": "granite", "embedding_multiplier": 12.0, "residual_multiplier": 0.22,
+                "attention_multiplier": 0.015625, "logits_scaling": 8.0},
+    "granite, untied": {"model_type": "granite", "embedding_multiplier": 3, "logits_scaling": 0.5,
+                        "residual_multiplier": 1.5, "attention_multiplier": 0.5,
+                        "tie_word_embeddings": False},
+    "internlm3": {"model_type": "internlm3", "head_dim": 16, "tie_word_embeddings": False,
+                  "rope_scaling": {"rope_type": "dynamic", "factor": 6.0}},
+    "iquestcoder": {"model_type": "iquestcoder", "head_dim": 16, "tie_word_embeddings": False},
 }
 
 
@@ -107,6 +119,30 @@ def test_logits_equal_those_on_record(name, tmp_path):
     due = torch.tensor(json.loads(GOLDEN.read_text())["logits"][name])
     logits = model.logits(model(GOLDEN_IDS))[0, -1, :8]
     torch.testing.assert_close(logits, due, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_transformers_saves_is_the_same_model(name, tmp_path, capsys):
+    """Fails if a key that transformers 5 writes differently is not read, or is complained about."""
+    write_model(tmp_path / "published", **VARIANTS[name])
+    reference(tmp_path / "published").save_pretrained(tmp_path / "saved")
+    capsys.readouterr()
+    published, saved = (load_llama(tmp_path / which) for which in ("published", "saved"))
+    assert published.config == saved.config
+    assert all(map(torch.equal, published.parameters(), saved.parameters()))
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "granite", "granite, untied"])
+@torch.no_grad()
+def test_output_rows_make_logits(name, tmp_path):
+    """Fails if the score head starts from other rows than the model's own log-odds have, in another
+    scale than its logits."""
+    write_model(tmp_path, **VARIANTS[name])
+    model = load_llama(tmp_path, torch.float32)
+    hidden = torch.randn(5, 32)
+    due = model.logits(hidden)[:, [7, 3]]
+    torch.testing.assert_close(hidden @ model.output_rows([7, 3]).T, due, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from plumbing.packed import is_packed, pack
 
 
 
-@pytest.mark.parametrize("name", ["tied", "untied", "qwen2"])
+@pytest.mark.parametrize("name", ["tied", "untied", "qwen2", "smollm3", "granite"])
 @torch.no_grad()
 def test_packed_weights_give_the_same(name, tmp_path):
     """Fails if packing loses a bias or the output projection, keeps the plain weights, or touches a
