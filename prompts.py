@@ -36,26 +36,43 @@ class Frame:
     special_tokens: tuple  # the tokenizer must have them; the last one ends an answer
     prompt: str  # with {system} for the system line, and {user} for question, blank line, text
     inst_is_text: bool = False  # [INST] is no token of its own, so a row's text could imitate it
-    byte_level: bool = False  # chosen for tokenizers of this kind only, see `reads_bytes`
+    only_if: tuple = ()  # functions of (tokenizer, chat): it is chosen where all are true
+
+
+def is_byte_level(tokenizer, chat):
+    """Whether the tokenizer is of the byte-level kind, which writes a blank as a letter, Ġ."""
+    tokens = tokenizer.encode("a a", add_special_tokens=False).tokens
+    return "Ġ" in "".join(tokens)
+
+
+def uses_system_prompt(tokenizer, chat):
+    """Whether the chat template has [SYSTEM_PROMPT]. Some tokenizers only keep a place for it."""
+    return not chat.template or chat.has("[SYSTEM_PROMPT]")
+
+
+def chatml_follows_bos(tokenizer, chat):
+    """Whether the folder's chat template has a start token that ChatML itself lacks."""
+    return chat.adds_bos_to(FRAMES["chatml"])
 
 
 # A new frame is one entry here. The order counts: a tokenizer gets the first frame whose tokens it
-# has. "plain" needs none, so the frames below it must be named with --format. A run remembers the
-# name of its frame, so a frame that is here never changes: another layout gets another name.
+# has, and whose only_if are true. "plain" needs none, so the frames below it must be named with
+# --format. A run remembers the name of its frame, so a frame that is here never changes: another
+# layout gets another name.
 #
-# The token ids equal those of the models' own chat templates for [system, user], except for
-# Llama-3.1's date header, Qwen3's empty think block, and blanks at the ends of a text, which the
-# templates of Llama strip.
+# The token ids equal those of the models' own chat templates for [system, user], but for the
+# differences that docs/models.md lists.
 #
-# {bos} is the token that tokenizer_config.json calls bos_token, where the chat template has it.
+# {bos} is the token that tokenizer_config.json calls bos_token.
 FRAMES = {
     "chatml-bos": Frame(  # ChatML on a model of another family, such as Hermes on Llama-3
         special_tokens=("{bos}", "<|im_start|>", "<|im_end|>"),
         prompt="{bos}<|im_start|>system\n{system}<|im_end|>\n"
                "<|im_start|>user\n{user}<|im_end|>\n"
                "<|im_start|>assistant\n",
+        only_if=(chatml_follows_bos,),
     ),
-    "chatml": Frame(  # SmolLM2, Qwen2.5, Qwen3
+    "chatml": Frame(  # SmolLM2 and SmolLM3, Qwen2.5, Qwen3, InternLM3
         special_tokens=("<|im_start|>", "<|im_end|>"),
         prompt="<|im_start|>system\n{system}<|im_end|>\n"
                "<|im_start|>user\n{user}<|im_end|>\n"
@@ -70,19 +87,32 @@ FRAMES = {
                "<|start_header_id|>user<|end_header_id|>\n\n{user}<|eot_id|>"
                "<|start_header_id|>assistant<|end_header_id|>\n\n",
     ),
+    "granite": Frame(  # Granite 3
+        special_tokens=("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"),
+        prompt="<|start_of_role|>system<|end_of_role|>{system}<|end_of_text|>\n"
+               "<|start_of_role|>user<|end_of_role|>{user}<|end_of_text|>\n"
+               "<|start_of_role|>assistant<|end_of_role|>",
+    ),
+    "seed": Frame(  # Seed-OSS
+        special_tokens=("<seed:bos>", "<seed:eos>"),
+        prompt="<seed:bos>system\n{system}<seed:eos>"
+               "<seed:bos>user\n{user}<seed:eos>"
+               "<seed:bos>assistant\n",
+    ),
     "mistral-v7-tekken": Frame(  # Mistral-Small-24B-2501
         special_tokens=("<s>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]", "</s>"),
         prompt="<s>[SYSTEM_PROMPT]{system}[/SYSTEM_PROMPT][INST]{user}[/INST]",
-        byte_level=True,
+        only_if=(is_byte_level, uses_system_prompt),
     ),
     "mistral-v7": Frame(  # Mistral-Large-2411
         special_tokens=("<s>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]", "</s>"),
         prompt="<s>[SYSTEM_PROMPT] {system}[/SYSTEM_PROMPT][INST] {user}[/INST]",
+        only_if=(uses_system_prompt,),
     ),
     "mistral-tekken": Frame(  # Mistral-Nemo
         special_tokens=("<s>", "[INST]", "[/INST]", "</s>"),
         prompt="<s>[INST]{system}\n\n{user}[/INST]",
-        byte_level=True,
+        only_if=(is_byte_level,),
     ),
     "mistral": Frame(  # Mistral 7B v0.3
         special_tokens=("<s>", "[INST]", "[/INST]", "</s>"),
@@ -336,25 +366,13 @@ def opening_label(text, labels):
 
 # --- frames and tokenizers ------------------------------------------------------------------------
 def choose_format(tokenizer, chat):
-    """The name of the first frame whose special tokens the tokenizer has.
-
-    Where two frames have the same tokens, the first is for some of these models only.
-    """
+    """The name of the first frame whose tokens the tokenizer has, and whose only_if are true."""
     for name in FRAMES:
         frame = frame_of(name, chat)
         if missing_tokens(frame, tokenizer):
             continue
-        if frame.byte_level and not reads_bytes(tokenizer):
-            continue
-        if name == "chatml-bos" and not chat.adds_bos_to(FRAMES["chatml"]):
-            continue
-        return name
-
-
-def reads_bytes(tokenizer):
-    """Whether the tokenizer is of the byte-level kind, which writes a blank as a letter, Ġ."""
-    tokens = tokenizer.encode("a a", add_special_tokens=False).tokens
-    return "Ġ" in "".join(tokens)
+        if all(fits(tokenizer, chat) for fits in frame.only_if):
+            return name
 
 
 def frame_of(format, chat):

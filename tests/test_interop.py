@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CONFIG, ROOT
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from clsgen import TARGETS
 from plumbing.adapter import read_adapter_config
@@ -133,7 +133,8 @@ def test_other_architectures_are_refused_in_a_sentence_that_says_what_is_support
 # --- chat templates -------------------------------------------------------------------------------
 # The templates of the published tokenizer files for one system and one user message, and tokenizers
 # built as theirs are: Llama-2 prepends a blank to each piece, Mistral v0.3 to a whole input only,
-# and Tekken, of Mistral-Nemo and later, to none.
+# and Tekken, of Mistral-Nemo and later, to none. Tekken has hundreds of special tokens, and those
+# for a system line only from Mistral-Small-2501 on.
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{{ '<|im_start|>assistant\n' }}")
 LLAMA3 = ("<|begin_of_text|>{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>"
@@ -148,9 +149,15 @@ MISTRAL_NEMO = ("{{ bos_token }}[INST]{{ messages[0].content }}\n\n{{ messages[1
 MISTRAL_V7 = ("{{ bos_token }}[SYSTEM_PROMPT] {{ messages[0].content }}[/SYSTEM_PROMPT]"
               "[INST] {{ messages[1].content }}[/INST]")
 MISTRAL_SMALL = MISTRAL_V7.replace("] ", "]")
+GRANITE = ("{% for m in messages %}<|start_of_role|>{{ m.role }}<|end_of_role|>{{ m.content }}"
+           "<|end_of_text|>\n{% endfor %}{{ '<|start_of_role|>assistant<|end_of_role|>' }}")
+SEED = ("{% for m in messages %}<seed:bos>{{ m.role }}\n{{ m.content }}<seed:eos>{% endfor %}"
+        "{{ '<seed:bos>assistant\n' }}")
 SENTENCE_PIECE = ("<unk>", "<s>", "</s>")
 V3_TOKENS = (*SENTENCE_PIECE, "[INST]", "[/INST]")
 V7_TOKENS = (*V3_TOKENS, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")
+TEKKEN = ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[IMG]", "[PREFIX]", "<SPECIAL_20>")
+SEED_TOKENS = ("<seed:bos>", "<seed:pad>", "<seed:eos>", "<seed:think>", "</seed:think>")
 TEMPLATES = {  # name: (template, format flag, shape of the tokenizer, added tokens)
     "SmolLM2, Qwen2.5": (CHATML, None, "bytes", ("<|endoftext|>", "<|im_start|>", "<|im_end|>")),
     "Qwen3": (CHATML, None, "bytes", ("<|im_start|>", "<|im_end|>", "<think>", "</think>")),
@@ -159,10 +166,19 @@ TEMPLATES = {  # name: (template, format flag, shape of the tokenizer, added tok
     "Llama-2": (LLAMA2, "llama2", "prepend", SENTENCE_PIECE),
     "Llama-2, converted again": (LLAMA2, "llama2", "metaspace", SENTENCE_PIECE),
     "Mistral-v0.1": (MISTRAL_V1, "mistral-v1", "prepend", SENTENCE_PIECE),
+    "Llama-2, always a blank": (LLAMA2, "llama2", "always", SENTENCE_PIECE),
+    "Mistral-v0.1, converted again": (MISTRAL_V1, "mistral-v1", "metaspace", SENTENCE_PIECE),
     "Mistral-v0.3": (MISTRAL_V3, None, "metaspace", V3_TOKENS),
-    "Mistral-Nemo": (MISTRAL_NEMO, None, "bytes", V3_TOKENS),
+    "Mistral-v0.3, as first published": (MISTRAL_V3, None, "prepend", V3_TOKENS),
+    "Mistral-v0.3, never a blank": (MISTRAL_V3, None, "never", V3_TOKENS),
+    "Mistral-Nemo": (MISTRAL_NEMO, None, "tekken", V3_TOKENS + TEKKEN),
+    "Mistral-Nemo, from tekken.json": (MISTRAL_NEMO, None, "tekken", V7_TOKENS + TEKKEN),
+    "Mistral-v0.3, with all tokens": (MISTRAL_V3, None, "metaspace", V7_TOKENS),
     "Mistral-Large-2411": (MISTRAL_V7, None, "metaspace", V7_TOKENS),
-    "Mistral-Small-2501": (MISTRAL_SMALL, None, "bytes", V7_TOKENS),
+    "Mistral-Small-2501": (MISTRAL_SMALL, None, "tekken", V7_TOKENS + TEKKEN),
+    "Granite-3": (GRANITE, None, "bytes", (
+        "<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>")),
+    "Seed-OSS": (SEED, None, "bytes", SEED_TOKENS),
     "Hermes on Llama-3": ("{{ bos_token }}" + CHATML, None, "bytes",
                           ("<|begin_of_text|>", "<|im_start|>", "<|im_end|>")),
     "SmolLM2, its bos_token": ("{# bos_token #}" + CHATML, None, "bytes",
@@ -175,11 +191,17 @@ def build_tokenizer(folder, shape, added):
     if shape == "bytes":
         tokenizer.normalizer = normalizers.NFC()
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    elif shape == "tekken":
+        words = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     elif shape == "prepend":
         tokenizer.normalizer = normalizers.Sequence(
             [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     else:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
+        scheme = "first" if shape == "metaspace" else shape
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", scheme, split=False)
     corpus = [SYSTEM, "Will it rain? [INST] <<SYS>> [/INST] system user assistant \n\n 12 days"] * 9
     alphabet = [*pre_tokenizers.ByteLevel.alphabet(), *map(chr, range(33, 127)), *"▁\né中"]
     trainer = trainers.BpeTrainer(vocab_size=500, show_progress=False, initial_alphabet=alphabet,
@@ -219,6 +241,30 @@ def test_the_frame_is_the_models_own_chat_template(name, tmp_path, capsys):
         rendered = prompts.rendered()
         whole = rendered["before_text"] + text + rendered["after_text"]
         assert theirs(whole, add_special_tokens=False).input_ids == due
+
+
+# What the docs name as left out: a date (Llama 3.1 to 3.3), metadata (SmolLM3)
+DATE = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
+METADATA = "## Metadata\n\nToday Date: 26 Jul 2024\nReasoning Mode: /think\n\n"
+
+
+@pytest.mark.parametrize("template, start, left_out", [
+    (LLAMA3, "<|end_header_id|>\n\n", DATE), (CHATML, "system\n", METADATA)])
+def test_what_a_frame_leaves_out_is_what_the_docs_name(template, start, left_out, tmp_path):
+    """Fails if the frame differs from such a template in anything else."""
+    from transformers import PreTrainedTokenizerFast
+
+    name = "Llama-3" if template == LLAMA3 else "SmolLM2, Qwen2.5"
+    build_tokenizer(tmp_path, "bytes", TEMPLATES[name][3])
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    prompts = Prompts(tmp_path, question="Will it rain?")
+    messages = [{"role": "system", "content": left_out + SYSTEM},
+                {"role": "user", "content": "Will it rain?\n\nthe day"}]
+    theirs.chat_template = template
+    due = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert due.count(start + left_out) == 1
+    ids = theirs.encode(due.replace(left_out, ""), add_special_tokens=False)
+    assert prompts.prompt("the day")[0] == ids
 
 
 @pytest.mark.parametrize("shape, added, template, format, words", [
