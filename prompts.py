@@ -72,7 +72,7 @@ FRAMES = {
                "<|im_start|>assistant\n",
         only_if=(chatml_follows_bos,),
     ),
-    "chatml": Frame(  # SmolLM2 and SmolLM3, Qwen2.5, Qwen3, InternLM3
+    "chatml": Frame(  # SmolLM2, SmolLM3, Qwen2.5, Qwen3
         special_tokens=("<|im_start|>", "<|im_end|>"),
         prompt="<|im_start|>system\n{system}<|im_end|>\n"
                "<|im_start|>user\n{user}<|im_end|>\n"

@@ -243,6 +243,14 @@ def test_the_frame_is_the_models_own_chat_template(name, tmp_path, capsys):
         assert theirs(whole, add_special_tokens=False).input_ids == due
 
 
+@pytest.mark.parametrize("shape, due", [("tekken", "mistral-v7-tekken"), ("never", "mistral-v7")])
+def test_without_a_template_the_tokens_decide(shape, due, tmp_path):
+    """Fails if a tokenizer that has [SYSTEM_PROMPT] gets a frame without it where nothing says that
+    its model does not use it."""
+    build_tokenizer(tmp_path, shape, V7_TOKENS)
+    assert Prompts(tmp_path).format == due
+
+
 # What the docs name as left out: a date (Llama 3.1 to 3.3), metadata (SmolLM3)
 DATE = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n"
 METADATA = "## Metadata\n\nToday Date: 26 Jul 2024\nReasoning Mode: /think\n\n"
