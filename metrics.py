@@ -1,8 +1,9 @@
 """How good is a probability, how good is a text, and does the text say what the probability says?
 
 In reading order: checks; ranking (AUROC); decisions at a threshold (F1); errors of p (log loss);
-calibration (ECE, CORP, slope); agreement (kappa, rereading); confidence intervals; the text; and at
-the end the two functions that collect all metrics in one dict, `score_metrics` and `text_metrics`.
+calibration (ECE, CORP, slope); agreement (kappa, rereading); confidence intervals; curves for
+pictures; the text; and at the end the two functions that collect all metrics in one dict,
+`score_metrics` and `text_metrics`.
 Each function gives its definition and its source. Only numpy is needed.
 
 A new metric is one function, and one line in a table of `score_metrics` or `text_metrics`.
@@ -694,6 +695,75 @@ def difference(metric, values, others):
         return metric(y, pairs[:, 0]) - metric(y, pairs[:, 1])
 
     return of_pairs, np.stack((values, others), axis=1)
+
+
+# --- curves, for pictures -------------------------------------------------------------------------
+BINS = np.linspace(0, 1, 21)  # of the histograms of p
+
+
+def thinned(n, most=100):
+    """The indices of at most `most` of n points, evenly spread, with the first and the last."""
+    return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(np.int64))
+
+
+def reliability_curve(y, p, groups=None, draws=200, seed=0):
+    """(values, observed, low, high): the isotonic fit of y at different values of p, and a band.
+
+    low and high hold the middle 95 % of the fits to resamples of whole groups. The curve is that of
+    CORP (Dimitriadis, Gneiting and Jordan 2021). All are (U,), with U at most 100.
+    """
+    y, p = checked(y, p)
+    values = np.unique(p)
+    values = values[thinned(len(values))]
+    curves = []
+
+    def keep_curve(y, p):  # a metric for `bootstrap`, which calls it for each resample
+        seen, first = np.unique(p, return_index=True)
+        fit = isotonic(y, p)[first]
+        curves.append(np.interp(values, seen, fit))
+        return 0.0
+
+    bootstrap({"curve": (keep_curve, p)}, y, groups, draws, seed)
+    observed, *resampled = curves  # the first call was for the rows themselves
+    low, high = np.percentile(resampled, (2.5, 97.5), axis=0)
+    return values, observed, low, high
+
+
+def roc_curve(y, p):
+    """(false, true): the shares of class 0 and of class 1 with p >= t, for falling thresholds t.
+
+    Both are (U,), from 0 to 1, and U is at most 100. ValueError if a class is missing.
+    """
+    y, p = checked(y, p, need=(0, 1))
+    _, true_positives, decided = counts_by_threshold(y, p)
+    false_positives = decided - true_positives
+    keep = thinned(len(decided), 99)
+    false_share = np.concatenate([[0], false_positives[keep] / np.sum(y == 0)])
+    true_share = np.concatenate([[0], true_positives[keep] / np.sum(y == 1)])
+    return false_share, true_share
+
+
+def curves(y, p, groups=None, draws=200, seed=0):
+    """What the pictures of one probability need, as a dict of lists that goes into a JSON file.
+
+    ValueError if a class is missing.
+    """
+    y, p = checked(y, p, need=(0, 1))
+    values, observed, low, high = reliability_curve(y, p, groups, draws, seed)
+    false_positives, true_positives = roc_curve(y, p)
+    coverage, accuracy_decided, _ = risk_coverage(y == (p >= 0.5), 2 * np.abs(p - 0.5))
+    keep = thinned(len(coverage))
+    found = {
+        "reliability": {"p": values, "observed": observed, "low": low, "high": high},
+        "roc": {"false_positives": false_positives, "true_positives": true_positives},
+        "risk": {"coverage": coverage[keep], "risk": 1 - accuracy_decided[keep]},
+        "histogram": {"class_0": np.histogram(p[y == 0], BINS)[0],
+                      "class_1": np.histogram(p[y == 1], BINS)[0]},
+    }
+    for curve in found.values():
+        for name, numbers in curve.items():
+            curve[name] = numbers.round(5).tolist()
+    return found
 
 
 # --- the text -------------------------------------------------------------------------------------

@@ -91,6 +91,36 @@ def test_ece_floor():
     assert mt.ece_floor(same, 15, 1, seed=0)[0] < 0.06  # else .5: each draw under its own p
 
 
+def test_curves_are_those_of_the_metrics():
+    """Fails if a curve leaves out an end, if the ROC's axes are exchanged, if the risk is the
+    accuracy, or if the band does not lie around the isotonic fit."""
+    rng = np.random.default_rng(3)
+    p = rng.random(400).round(3)
+    y = (rng.random(400) < p).astype(int)
+    found = mt.curves(y, p, draws=100)
+    assert all(len(numbers) <= 100 for curve in found.values() for numbers in curve.values())
+
+    false_share, true_share = found["roc"].values()
+    assert (false_share[0], true_share[0], false_share[-1], true_share[-1]) == (0, 0, 1, 1)
+    assert np.trapezoid(true_share, false_share) == pytest.approx(mt.auroc(y, p), abs=0.01)
+
+    coverage, risk = found["risk"].values()
+    assert coverage[-1] == 1
+    assert risk[-1] == pytest.approx(1 - mt.accuracy(y, p >= 0.5), abs=1e-5)
+
+    values, observed, low, high = (np.array(part) for part in found["reliability"].values())
+    fit = dict(zip(p, mt.isotonic(y, p), strict=True))
+    assert observed == pytest.approx([fit[value] for value in values], abs=1e-5)
+    assert np.mean((low <= observed) & (observed <= high)) > 0.95
+    assert 0.02 < np.mean(high - low) < 0.4
+
+    assert sum(found["histogram"]["class_1"]) == y.sum()
+    assert sum(found["histogram"]["class_0"]) == (1 - y).sum()
+    ones = mt.curves([0, 1], [1.0, 1.0], draws=3)  # one value of p, in the last bin
+    assert ones["roc"] == {"false_positives": [0, 1], "true_positives": [0, 1]}
+    assert ones["histogram"]["class_1"][-1] == 1
+
+
 def test_corp_against_isotonic_regression():
     """Fails if ties in p are not pooled first, if falling means are kept apart, if pooling stops
     after one step back, if the fit has another order than the rows, or if a sign is turned."""
