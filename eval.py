@@ -3,9 +3,10 @@
     python eval.py --run runs/x --data test.jsonl
     python eval.py --run runs/clsgen --run runs/cls --run runs/lm --model models/x --data test.jsonl
 
-Prints tables, and writes eval.json and predictions.jsonl: to runs/x/eval/test for one run, to
-out/test for several. --model adds the base model, zero-shot. Nothing is fitted on --data: each run
-brings its calibration and threshold; those of the base model are fitted on --valid.
+Prints tables, and writes eval.json, predictions.jsonl and report.html, a page for people: to
+runs/x/eval/test for one run, to out/test for several. --model adds the base model, zero-shot.
+Nothing is fitted on --data: each run brings its calibration and threshold; those of the base model
+are fitted on --valid.
 
 A run has up to three scores, called scorers, and each is measured by itself: its own p, calibrated
 ("head", or "label token" where no head was trained); the same p before calibration ("raw"); and, if
@@ -20,6 +21,7 @@ import json
 import re
 import time
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -28,15 +30,16 @@ import numpy as np
 from clsgen import CLSGen
 from data import read_rows
 from metrics import (
-    auroc, calibrated, clipped_logit, group_numbers, interval_warnings, none_if_undefined,
+    auroc, calibrated, clipped_logit, curves, group_numbers, interval_warnings, none_if_undefined,
     score_metrics, text_metrics)
 from plumbing.checkpoint import base_fingerprint, load_llama
-from plumbing.files import continue_job, write_atomically
+from plumbing.files import continue_job, sha256_of, write_atomically
 from plumbing.model_checks import check_base
 from plumbing.packed import pack
 from plumbing.script import Help, dtype_name, refuse, run_main, versions
 from plumbing.tables import table
 from prompts import Prompts
+from report import write_report
 from run import Fitted, Run, fit, load_run
 
 ZERO_SHOT = "zero-shot"  # the name of the base model in the results
@@ -100,6 +103,7 @@ def main(argv=None):
 
     # read the rows and load every run: an error shows now, not after hours of work
     file_rows = read_rows(args.data)
+    data = {"file": str(args.data), "sha256": sha256_of(args.data)}
     rows = choose_rows(file_rows, args)
     valid = read_rows(args.valid) if args.valid else []
     loaders = {}  # {name: the function that loads it}
@@ -117,6 +121,7 @@ def main(argv=None):
     # one run after the other: predict, measure, write
     comparison = Comparison(rows, file_rows, args)
     columns = {}  # {scorer: its metrics}
+    runs = {}  # {name: what report.py needs to know of it}
     lines = []  # of predictions.jsonl
     for name, load in loaders.items():
         run = load()
@@ -136,10 +141,11 @@ def main(argv=None):
         if name == ZERO_SHOT:
             measured.update(comparison.measure_stated(run, scored, valid))
 
+        prefix = f"{name} " if len(loaders) > 1 else ""
         for scorer, metrics in measured.items():
-            if len(loaders) > 1:
-                scorer = f"{name} {scorer}"
-            columns[scorer] = metrics
+            columns[prefix + scorer] = metrics
+        runs[name] = comparison.describe_run(name, run, scored, is_fitted)
+        runs[name]["scorer"] = prefix + own_name
         lines += prediction_lines(rows, scored)
         write_atomically(args.out / "predictions.jsonl", "".join(lines))
         del run  # makes room for the next one
@@ -151,12 +157,16 @@ def main(argv=None):
     report = {
         "metrics": columns,
         **describe(rows),
+        "data": data,
+        "date": datetime.now().astimezone().isoformat(timespec="minutes"),
+        "runs": runs,
         "seconds": time.perf_counter() - started,
         "arguments": vars(args),
         "versions": versions(),
     }
     write_atomically(args.out / "eval.json", json.dumps(report, indent=1, default=str) + "\n")
     remove_parts(args.out)
+    write_report(args.out)
     print_report(report, args)
 
 
@@ -513,6 +523,19 @@ class Comparison:
         own["unreadable"] = unreadable
         return {"stated confidence": own, "stated confidence raw": measured_raw}
 
+    def describe_run(self, name, run, scored, is_fitted):
+        """What eval.json says about a run, next to its metrics: what it is, and its curves."""
+        return {
+            "folder": None if name == ZERO_SHOT else name,
+            "fingerprint": run.name,
+            "base": run.about.get("base", self.args.model),
+            "base_fingerprint": run.about["base_fingerprint"],
+            "prompts": run.prompts.settings(),
+            "fitted": run.fitted.settings() if is_fitted else None,
+            "curves": curves(self.y, scored.column("probability"), self.groups,
+                             min(self.args.draws, 200), self.args.seed),
+        }
+
 
 def describe(rows):
     """What eval.json says about the rows themselves, as a dict."""
@@ -543,7 +566,7 @@ def print_report(report, args):
     for sentence in report["warnings"]:
         print(f"warning: {sentence}")
     print_tables(report["metrics"])
-    print(f"\nwrote {args.out}/eval.json and predictions.jsonl")
+    print(f"\nwrote {args.out}/report.html, eval.json and predictions.jsonl")
 
 
 def print_tables(columns):

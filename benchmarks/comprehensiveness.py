@@ -34,16 +34,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import read_rows  # noqa: E402
 from metrics import (  # noqa: E402
     bootstrap, cited_phrases, evidence_phrases, known_phrases, mean_or_none, spelled)
+from plumbing.citations import FUNCTION_WORDS  # noqa: E402
 from plumbing.files import write_json  # noqa: E402
 from plumbing.script import refuse, run_main, versions  # noqa: E402
 from plumbing.tables import table  # noqa: E402
 from run import load_run  # noqa: E402
 
 DRAWS = 5  # random controls for each row
-FUNCTION_WORDS = set(
-    "a an and any are as at be been but by can did do does for from had has have he her his if in "
-    "into is it its may might no nor not of on or she so than that the their then there these they "
-    "this those to was were which who will with would".split())
 
 
 def main(argv=None):

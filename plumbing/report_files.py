@@ -1,0 +1,105 @@
+"""What an evaluation has left in its files, for report.py."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from plumbing.files import read_json, sha256_of
+
+
+@dataclass
+class Evaluated:
+    """One run of an evaluation."""
+
+    name: str
+    about: dict  # of eval.json: folder, fingerprint, prompts, fitted, curves, ...
+    metrics: dict  # of its own score and its texts
+    records: list  # N predictions
+    log: list  # the lines of its log.jsonl; none if they are not there, or of another training
+
+    def column(self, key):
+        return np.array([record[key] for record in self.records])
+
+    def threshold(self):
+        """That of its decisions, which stands in all records."""
+        return self.records[0]["threshold"]
+
+    def words(self):
+        """(the word of class 0, that of class 1)."""
+        return [word[0].upper() + word[1:] for word in self.about["prompts"]["labels"]]
+
+
+@dataclass
+class Evaluation:
+    results: dict  # eval.json
+    runs: list  # of Evaluated
+    rows: dict  # {id as a string: row of the data file}; none if there are no texts
+    no_texts: str | None  # why there are none
+
+
+def read_evaluation(folder):
+    """The Evaluation in a folder. ValueError says what is missing."""
+    results = read_json(folder / "eval.json")
+    try:
+        runs = read_runs(results, folder)
+        rows, no_texts = read_texts(results["data"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder}/eval.json does not have what a report needs ({error!r}); an "
+                         "earlier version wrote it: eval.py with --overwrite writes it again"
+                         ) from None
+    return Evaluation(results, runs, rows, no_texts)
+
+
+def read_runs(results, folder):
+    n = results["n"]
+    expected = n * len(results["runs"])
+    lines = (folder / "predictions.jsonl").read_bytes().split(b"\n")[:-1]
+    if len(lines) != expected:
+        raise ValueError(f"{folder}/predictions.jsonl has {len(lines)} lines, expected {n} for "
+                         f"each run of eval.json: they are not of one evaluation")
+
+    runs = []
+    for start, (name, about) in enumerate(results["runs"].items()):
+        records = [json.loads(line) for line in lines[start * n : (start + 1) * n]]
+        metrics = results["metrics"][about["scorer"]]
+        runs.append(Evaluated(name, about, metrics, records, read_log(about)))
+    return runs
+
+
+def read_log(about):
+    """The lines of a run's log.jsonl, if it is still the run that was evaluated."""
+    if about["folder"] is None:  # the base model
+        return []
+    folder = Path(about["folder"])
+    log = folder / "log.jsonl"
+    described = folder / "clsgen.json"
+    if not (log.is_file() and described.is_file()):
+        return []
+    if not sha256_of(described).startswith(about["fingerprint"]):
+        return []
+    return [json.loads(line) for line in log.read_bytes().split(b"\n")[:-1]]
+
+
+def read_texts(data):
+    """({id as a string: row} of the data file, None), or ({}, why the texts are left out)."""
+    path = Path(data["file"])
+    if not path.is_file():
+        return {}, f"The data file {path} is not there, so this page has no texts of rows."
+    if sha256_of(path) != data["sha256"]:
+        return {}, (f"The data file {path} has changed since the evaluation (it has another "
+                    f"SHA-256), so this page has no texts of rows.")
+    return read_rows(path), None
+
+
+def read_rows(path):
+    """{id as a string: row} of a JSON Lines file that has been read, and so checked, before."""
+    rows = {}
+    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if line.strip():
+            raw = json.loads(line)
+            row = {name: value for name, value in raw.items() if value is not None}
+            rows[str(row.get("id", number))] = row
+    return rows
