@@ -1,6 +1,7 @@
 """Tables of what benchmarks/real.py has measured, as markdown: systems, and differences of systems.
 
     python benchmarks/result_tables.py                  # all data sets in benchmarks/results/
+    python benchmarks/result_tables.py --figures out    # and reliability diagrams of the first seed
 
 A value is the mean over the seeds. Its 95 % interval takes seeds and rows together: each of 1,000
 draws picks the seeds with replacement, and whole groups of test rows with replacement, the same for
@@ -26,10 +27,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from metrics import (  # noqa: E402
-    auroc, calibrate, calibrated, calibration_intervals, calibration_slope, ece, ece_floor,
+    auroc, calibrate, calibrated, calibration_intervals, calibration_slope, curves, ece, ece_floor,
     group_numbers, log_loss, per_token, sigmoid)
-from plumbing.files import read_json  # noqa: E402
+from plumbing.drawings import reliability, side_by_side  # noqa: E402
+from plumbing.files import read_json, write_atomically  # noqa: E402
 from plumbing.script import run_main  # noqa: E402
+from report import asset  # noqa: E402
 
 DATA_TITLES = {  # in this order
     "notes": "notes",
@@ -83,6 +86,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--results", type=Path, default=Path("benchmarks/results"), help="folder of the JSON files")
     add("--draws", type=int, default=1000, help="resamples of seeds and rows")
+    add("--figures", type=Path, help="folder for DATA_reliability.svg (default: none)")
     args = parser.parse_args(argv)
 
     results = read_results(args.results)
@@ -103,6 +107,23 @@ def main(argv=None):
     for data in systems:
         print_swapped(data, systems[data])
     print_unseen(results)
+
+    if args.figures is not None:
+        args.figures.mkdir(parents=True, exist_ok=True)
+        for data in systems:
+            figure = draw_reliability(systems[data])
+            write_atomically(args.figures / f"{data}_reliability.svg", figure)
+
+
+def draw_reliability(systems):
+    """The reliability diagrams of the first seed of each trained system, as SVG."""
+    panels = []
+    for system in TRAINED:
+        if system in systems:
+            first = systems[system][0]
+            drawn = reliability(TITLES[system], curves(first.y, first.p, first.groups))
+            panels.append((TITLES[system], drawn))
+    return side_by_side(panels, asset("report.css"))
 
 
 # --- reading --------------------------------------------------------------------------------------

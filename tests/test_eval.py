@@ -25,7 +25,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import calibration  # noqa: E402
 import comprehensiveness as comp  # noqa: E402
 import coverage  # noqa: E402
-import figures  # noqa: E402
 import random_llama  # noqa: E402
 import speed  # noqa: E402
 import swapped  # noqa: E402
@@ -481,21 +480,6 @@ def test_coverage_is_counted(monkeypatch, capsys, tmp_path):
     assert [line["grouped"] for line in lines] == [False, True]
     assert all(line[name] > 0.6 for line in lines for name in line if name not in (
         "rows", "grouped", "positives", "true_auroc"))
-
-
-def test_figures(runs, tmp_path, monkeypatch):
-    """Fails if a figure is missing, if one is replaced unasked, or if a missing matplotlib ends in
-    a traceback."""
-    call = [str(runs / "out" / "eval.json"), "--out", str(tmp_path)]
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="pip install matplotlib"):
-        patch.setitem(sys.modules, "matplotlib", None)
-        figures.main(call)
-    pytest.importorskip("matplotlib")
-    figures.main(call)
-    assert {path.name for path in tmp_path.iterdir() if path.read_bytes()[:4] == b"\x89PNG"} == {
-        "reliability.png", "roc.png", "risk_coverage.png"}
-    with pytest.raises(ValueError, match="--overwrite"):
-        figures.main(call)
 
 
 def test_random_llama(tiny, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -97,7 +98,10 @@ def test_stop_and_continue_with_two_jobs(folder, tiny, monkeypatch, capsys):
     real.main(flags(folder, tiny))
     assert "4 jobs, 4 done before" in capsys.readouterr().out
 
-    result_tables.main(["--results", str(folder / "out"), "--draws", "20"])
+    result_tables.main(["--results", str(folder / "out"), "--draws", "20",
+                        "--figures", str(folder / "figures")])
+    figure = ElementTree.parse(folder / "figures" / "comve_reliability.svg")
+    assert "CLSGen, from the label words" in figure.getroot().itertext()
     tables = capsys.readouterr().out
     assert "| CLSGen, from the label words | 1 | " in tables
     assert "rows of groups that training has not seen" in tables
