@@ -29,9 +29,9 @@ from plumbing.script import Help, run_main
 from plumbing.tables import cell
 
 HEADLINES = [  # (name in eval.json, title, how to read it, the value that a dotted line marks)
-    ("auroc", "AUROC", "Higher is better: 1 ranks all rows rightly, 0.5 is chance.", 0.5),
-    ("log_loss", "Log loss", "Lower is better: 0 is perfect. A useful probability is below that of "
-     "the majority, which says the same of every row.", None),
+    ("auroc", "AUROC", "Higher is better: 1 is a perfect ranking, 0.5 is chance.", 0.5),
+    ("log_loss", "Log loss", "Lower is better: 0 is perfect. A useful probability has less than "
+     "the majority, which gives every row the same one.", None),
     ("f1", "F1 at the run's threshold", "Higher is better: 1 is perfect.", None),
     ("slope", "Calibration slope", "1 is ideal; below 1, probabilities are too extreme.", 1),
     ("intercept", "Calibration intercept", "0 is ideal; below 0, probabilities are too high.", 0),
@@ -171,8 +171,8 @@ def measured(evaluation):
     if results["groups"] < n:
         groups = f"They come from {results['groups']} groups, which the intervals keep together."
     entries.append(("Test file", f"{results['data']['file']}: {n} rows were scored, {positives} of "
-                    f"them ({positives / n:.1%}) are {yes}. {groups} An explanation was asked for "
-                    f"on {explained} rows. SHA-256 {results['data']['sha256'][:16]}."))
+                    f"them ({positives / n:.1%}) are {yes}. {groups} Explanations were written "
+                    f"for {explained} rows. SHA-256 {results['data']['sha256'][:16]}."))
 
     for run in runs:
         entries.append(("Run", describe_run(run)))
@@ -200,11 +200,13 @@ def describe_run(run):
         return f"{what}. It has neither calibration nor threshold; decisions are at 0.5."
 
     scores = {"head": "score head", "label_token": "label words"}
-    calibration = fitted["calibration"]
-    return (f"{what}. Its probability is that of the {scores[fitted['scorer']]}, calibrated on "
-            f"validation rows (temperature {calibration['temperature']:.3f}, bias "
-            f"{calibration['bias']:.3f}); it decides {run.words()[1]} from "
-            f"{fitted['threshold']:.3f} on.")
+    how = "not calibrated"
+    if run.metrics["calibrated"]:
+        how = (f"calibrated on validation rows (temperature "
+               f"{fitted['calibration']['temperature']:.3f}, bias "
+               f"{fitted['calibration']['bias']:.3f})")
+    return (f"{what}. Its probability is that of the {scores[fitted['scorer']]}, {how}; it decides "
+            f"{run.words()[1]} from {fitted['threshold']:.3f} on.")
 
 
 def warnings(evaluation):
@@ -217,6 +219,8 @@ def warnings(evaluation):
         if cut:
             found.append(f"{run.name}: {cut} of {results['n']} texts were too long and lost tokens "
                          f"from their middle, which the model did not see.")
+        if not metrics["calibrated"]:
+            found.append(f"{run.name}: its probability is not calibrated on validation rows.")
         limits = metrics["intervals"]["auroc"]
         if limits and limits[0] <= 0.5 <= limits[1]:
             found.append(f"{run.name}: the interval of AUROC contains 0.5. These rows do not show "
@@ -244,7 +248,7 @@ def seen_before(run, evaluation):
 
     sentences = []
     tested = [evaluation.rows.get(str(record["id"]), {}) for record in run.records]
-    config = run.log[0]["config"]
+    config = run.log[0].get("config", {})
     for key, use in (("data", "training"), ("valid", "validation")):
         name = config.get(key)
         if name is None or not evaluation.rows:
@@ -358,7 +362,6 @@ def number_block(title, reading, lines, ideal, is_share):
 # --- pictures -------------------------------------------------------------------------------------
 def pictures(runs):
     """All figures, each with a caption that says what to look for."""
-    curves = [(run.name, run.about["curves"]) for run in runs]
     keys = legend(runs)
     figures = [
         figure("Is the probability right?", [
@@ -369,9 +372,8 @@ def pictures(runs):
             "class 0 downwards; the less the two overlap, the better. The dashed line is the "
             "run's threshold."),
         figure("How well does it rank, and how sure is it?", [
-            ("ROC", roc([(*pair, chosen_point(run))
-                                  for pair, run in zip(curves, runs, strict=True)])),
-            ("Risk and coverage", risk(curves))],
+            ("ROC", roc([(run.name, run.about["curves"], chosen_point(run)) for run in runs])),
+            ("Risk and coverage", risk([(run.name, run.about["curves"]) for run in runs]))],
             "ROC: the further towards the upper left, the better; the mark is where the run's "
             "threshold decides, and the dotted diagonal is chance. Risk and coverage: the share of "
             "wrong decisions at 0.5 if the rows nearest to 0.5 are left undecided.", keys),

@@ -40,7 +40,7 @@ function showThreshold(isOwn) {
   byId("f1").textContent = share(2 * truePositives, run.positives + decided);
   byId("accuracy").textContent = share(truePositives + trueNegatives, rows);
   byId("slider-sentence").textContent =
-    `${decided} of ${rows} rows are decided ${yes}, ${falsePositives} of them wrongly. ` +
+    `At ${threshold.toFixed(3)}, ${decided} of ${rows} rows are decided ${yes}, ${falsePositives} of them wrongly. ` +
     `${falseNegatives} of the ${run.positives} rows that are ${yes} are missed.`;
 }
 
@@ -51,6 +51,7 @@ function share(part, whole) {
 
 // --- the list of predictions ----------------------------------------------------------------------
 const PAGE = 20; // cards
+const LONG = 2000; // characters
 let firstCard = 0;
 
 const tests = {
@@ -175,6 +176,10 @@ function marked(text, places) {
     end = places[i + 1];
   }
   made.append(visible(text.slice(end)));
+  if (text.length > LONG) { // it scrolls, by keyboard too
+    made.classList.add("long");
+    made.tabIndex = 0;
+  }
   return made;
 }
 
@@ -226,7 +231,7 @@ function startAgain() {
 function turn(pages) {
   firstCard += pages * PAGE;
   showCards();
-  byId("predictions").scrollIntoView();
+  byId("found").focus(); // and so to the top of the new page
 }
 
 for (const name of ["slider-run", "audit-run"]) {

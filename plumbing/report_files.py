@@ -55,14 +55,14 @@ def read_evaluation(folder):
 def read_runs(results, folder):
     n = results["n"]
     expected = n * len(results["runs"])
-    lines = (folder / "predictions.jsonl").read_bytes().split(b"\n")[:-1]
-    if len(lines) != expected:
-        raise ValueError(f"{folder}/predictions.jsonl has {len(lines)} lines, expected {n} for "
-                         f"each run of eval.json: they are not of one evaluation")
+    predictions = read_lines(folder / "predictions.jsonl")
+    if len(predictions) != expected:
+        raise ValueError(f"{folder}/predictions.jsonl has {len(predictions)} lines, expected {n} "
+                         f"for each run of eval.json: they are not of one evaluation")
 
     runs = []
     for start, (name, about) in enumerate(results["runs"].items()):
-        records = [json.loads(line) for line in lines[start * n : (start + 1) * n]]
+        records = predictions[start * n : (start + 1) * n]
         metrics = results["metrics"][about["scorer"]]
         runs.append(Evaluated(name, about, metrics, records, read_log(about)))
     return runs
@@ -79,7 +79,18 @@ def read_log(about):
         return []
     if not sha256_of(described).startswith(about["fingerprint"]):
         return []
-    return [json.loads(line) for line in log.read_bytes().split(b"\n")[:-1]]
+    return read_lines(log)
+
+
+def read_lines(path):
+    """The JSON values of a file, one a line; half a line at the end does not count."""
+    values = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            values.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+    return values
 
 
 def read_texts(data):

@@ -41,6 +41,12 @@ class Browser:
         """What a script returns, as the body of a function."""
         return self.send("POST", "/execute/sync", {"script": script, "args": list(arguments)})
 
+    def type(self, selector, keys):
+        """Presses keys on the element of a CSS selector, as a user does."""
+        found = self.send("POST", "/element", {"using": "css selector", "value": selector})
+        [element] = found.values()
+        self.send("POST", f"/element/{element}/value", {"text": keys})
+
     def devtools(self, command, **parameters):
         return self.send("POST", "/goog/cdp/execute", {"cmd": command, "params": parameters})
 

@@ -208,10 +208,12 @@ def test_the_slider_has_the_counts_of_eval(tmp_path):
 
 
 def test_what_to_be_careful_about(tmp_path):
-    """Fails if a cut text, a useless score, an overlap with training or a missing log is silent."""
+    """Fails if a cut text, a useless score, bad or no calibration, an overlap with training or a
+    missing log is silent."""
     folder = simulated(tmp_path / "out", warnings=["class 1 has few rows"])
     results = json.loads((folder / "eval.json").read_text())
     results["metrics"]["head"]["intervals"]["auroc"] = [0.4, 0.7]
+    results["metrics"]["head"].update(calibrated=False, ece_floor_q95=0.0)
     [about] = results["runs"].values()
     run = tmp_path / "run"
     run.mkdir()
@@ -220,6 +222,8 @@ def test_what_to_be_careful_about(tmp_path):
     (folder / "eval.json").write_text(json.dumps(results))
     words = in_words(write_report(folder).read_text())
     for sentence in ("Class 1 has few rows.", "1 of 200 texts were too long", "contains 0.5",
+                     "is not calibrated on validation rows", "Do not take p at its word",
+                     "the score head, not calibrated; it decides Yes from 0.500 on",
                      "the log of its training is not there"):
         assert sentence in words, sentence
 
@@ -257,6 +261,8 @@ def test_other_files_are_refused(tmp_path):
     lines = (folder / "predictions.jsonl").read_text().splitlines(keepends=True)
     (folder / "predictions.jsonl").write_text("".join(lines[:-1]))
     assert_refused(run_script("report.py", folder), "199 lines", "expected 200")
+    (folder / "predictions.jsonl").write_text("{}\nno\n")
+    assert_refused(run_script("report.py", folder), "predictions.jsonl:2")
     (folder / "predictions.jsonl").unlink()
     assert_refused(run_script("report.py", folder), "predictions.jsonl")
     (folder / "eval.json").write_text('{"metrics": {}, "n": 200}')
@@ -303,6 +309,7 @@ def test_ticks():
 needs_browser = pytest.mark.skipif(
     None in PROGRAMS, reason="needs chromium and chromedriver (apt-get install chromium-driver)")
 
+ARROW_RIGHT = "\ue014"
 CARDS = "return [...document.querySelectorAll('.card h3')].map(one => one.textContent)"
 
 
@@ -366,6 +373,8 @@ def test_slider(tmp_path, browser):
     assert text_of(browser, "slider-value") == "0.500"
     assert float(text_of(browser, "f1")) == pytest.approx(metrics["f1_half"], abs=6e-4)
     assert float(text_of(browser, "accuracy")) == pytest.approx(metrics["accuracy"], abs=6e-4)
+    browser.type("#slider", ARROW_RIGHT * 2)
+    assert text_of(browser, "slider-value") == "0.502"
     give(browser, "slider", "1", "input")
     assert text_of(browser, "precision") == "n/a" and text_of(browser, "recall") == "0.000"
     click(browser, "own-threshold")
@@ -410,6 +419,30 @@ def test_filters_orders_and_pages(tmp_path, browser):
     give(browser, "search", "nothing has this", "input")
     assert browser.run(CARDS) == [] and text_of(browser, "page") == "none"
     assert browser.console() == []
+
+
+@needs_browser
+def test_another_run_can_be_chosen(tmp_path, browser):
+    """Fails if slider or list stay with the first run, or if there is a choice of one."""
+    folder = simulated(tmp_path / "out", names=("runs/a", "runs/<b>"))
+    lines = (folder / "predictions.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    for record in records[200:]:  # the second run says yes to everything
+        record.update(probability=0.9, label=1, threshold=0.8)
+    write_rows(folder / "predictions.jsonl", records)
+    browser.open(write_report(folder))
+    give(browser, "slider-run", "1", "change")
+    assert text_of(browser, "slider-value") == "0.800 (the run's own)"
+    assert text_of(browser, "true-negatives") == "0"
+    give(browser, "audit-run", "1", "change")
+    negatives = sum(record["true_label"] == 0 for record in records[200:])
+    assert text_of(browser, "count-wrong") == f"({negatives})"
+    options = "return [...document.querySelectorAll('#audit-run option')].map(one => one.label)"
+    assert browser.run(options) == ["runs/a", "runs/<b>"]
+    assert browser.console() == []
+
+    browser.open(write_report(simulated(tmp_path / "one")))
+    assert browser.run("return document.getElementById('audit-run').checkVisibility()") is False
 
 
 @needs_browser
