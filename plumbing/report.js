@@ -125,7 +125,7 @@ function card(run, row, one) {
     facts.push(`text says ${run.words[one.stated]}`);
   }
   const parts = [
-    element("header", "", element("h3", "", visible(String(row.id))), ...badges),
+    element("header", "", element("h3", "", visible(row.id)), ...badges),
     bar(run, one),
     element("p", "facts", visible(facts.join(" · "))),
   ];

@@ -129,5 +129,5 @@ def row_for_page(i, records, rows, place, of_most):
             "in_explanation": in_explanation,
         })
     errors = [abs(label - one["p"]) for one in predictions]
-    return {"id": records[0]["id"], "place": place.get(name, i), "label": label, "text": text,
+    return {"id": name, "place": place.get(name, i), "label": label, "text": text,
             "error": round(max(errors), 6), "predictions": predictions}
