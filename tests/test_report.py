@@ -259,15 +259,21 @@ def test_other_files_are_refused(tmp_path):
     """Fails if a missing or an earlier eval.json, or other predictions, end in a traceback."""
     assert_refused(run_script("report.py", tmp_path), "eval.json")
     folder = simulated(tmp_path / "out")
-    lines = (folder / "predictions.jsonl").read_text().splitlines(keepends=True)
-    (folder / "predictions.jsonl").write_text("".join(lines[:-1]))
-    assert_refused(run_script("report.py", folder), "199 lines", "expected 200")
-    (folder / "predictions.jsonl").write_text("{}\nno\n")
-    assert_refused(run_script("report.py", folder), "predictions.jsonl:2")
-    (folder / "predictions.jsonl").unlink()
-    assert_refused(run_script("report.py", folder), "predictions.jsonl")
+    predictions = folder / "predictions.jsonl"
+    lines = predictions.read_text().splitlines(keepends=True)
+
+    def refused(reason):
+        with pytest.raises((ValueError, OSError), match=reason):
+            write_report(folder)
+
+    predictions.write_text("".join(lines[:-1]))
+    refused("has 199 lines, expected 200")
+    predictions.write_text("{}\nno\n")
+    refused("predictions.jsonl:2: ")
+    predictions.unlink()
+    refused("predictions.jsonl")
     (folder / "eval.json").write_text('{"metrics": {}, "n": 200}')
-    assert_refused(run_script("report.py", folder), "earlier version", "--overwrite")
+    refused("earlier version .* --overwrite")
 
 
 # --- its parts ------------------------------------------------------------------------------------
@@ -363,9 +369,11 @@ def test_its_policy_stops_a_script_that_got_in(hostile, browser):
 
 @needs_browser
 def test_slider(tmp_path, browser):
-    """Fails if the slider's numbers are not those of eval.json at the run's threshold, or if it
-    does not move."""
-    folder = simulated(tmp_path / "out", threshold=0.43219)
+    """Fails if the slider's numbers are not those of eval.json at the run's threshold, which is
+    between two of its steps, or if it does not move."""
+    y = np.array([0, 1, 0, 0, 1, 0, 1])
+    p = np.array([0.1, 0.3, 0.4321, 0.4322, 0.4325, 0.7, 0.9])
+    folder = write_evaluation(tmp_path / "out", y, p, ["a"] * 7, [None] * 7, threshold=0.4323)
     browser.open(write_report(folder))
     metrics = json.loads((folder / "eval.json").read_text())["metrics"]["head"]
     assert text_of(browser, "slider-value") == "0.432 (the run's own)"
@@ -435,6 +443,7 @@ def test_another_run_can_be_chosen(tmp_path, browser):
     give(browser, "slider-run", "1", "change")
     assert text_of(browser, "slider-value") == "0.800 (the run's own)"
     assert text_of(browser, "true-negatives") == "0"
+    give(browser, "slider-run", "0", "change")
     give(browser, "audit-run", "1", "change")
     negatives = sum(record["true_label"] == 0 for record in records[200:])
     assert text_of(browser, "count-wrong") == f"({negatives})"
