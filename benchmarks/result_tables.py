@@ -1,7 +1,7 @@
 """Tables of what benchmarks/real.py has measured, as markdown: systems, and differences of systems.
 
     python benchmarks/result_tables.py                  # all data sets in benchmarks/results/
-    python benchmarks/result_tables.py --figures out    # and reliability diagrams of the first seed
+    python benchmarks/result_tables.py --figures out    # and pictures
 
 A value is the mean over the seeds. Its 95 % interval takes seeds and rows together: each of 1,000
 draws picks the seeds with replacement, and whole groups of test rows with replacement, the same for
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from metrics import (  # noqa: E402
     auroc, calibrate, calibrated, calibration_intervals, calibration_slope, curves, ece, ece_floor,
     group_numbers, log_loss, per_token, sigmoid)
-from plumbing.drawings import reliability, side_by_side  # noqa: E402
+from plumbing.drawings import forest, reliability, side_by_side  # noqa: E402
 from plumbing.files import read_json, write_atomically  # noqa: E402
 from plumbing.script import run_main  # noqa: E402
 from report import asset  # noqa: E402
@@ -86,7 +86,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--results", type=Path, default=Path("benchmarks/results"), help="folder of the JSON files")
     add("--draws", type=int, default=1000, help="resamples of seeds and rows")
-    add("--figures", type=Path, help="folder for DATA_reliability.svg (default: none)")
+    add("--figures", type=Path, help="folder for SVG pictures (default: none)")
     args = parser.parse_args(argv)
 
     results = read_results(args.results)
@@ -110,9 +110,29 @@ def main(argv=None):
 
     if args.figures is not None:
         args.figures.mkdir(parents=True, exist_ok=True)
+        for name in ("auroc", "text_nll"):
+            figure = draw_overview(name, systems, draws)
+            write_atomically(args.figures / f"{name}.svg", figure)
         for data in systems:
             figure = draw_reliability(systems[data])
             write_atomically(args.figures / f"{data}_reliability.svg", figure)
+
+
+def draw_overview(name, systems, draws):
+    """One metric of every system on every data set that a system was trained on, as SVG."""
+    panels = []
+    shown = set()
+    for data, of_data in systems.items():
+        found = {}
+        for system, seeds in of_data.items():
+            if system != "majority" and name in draws[data][system]:
+                value = means(seeds)[name]
+                found[TITLES[system]] = (value, *interval(draws[data][system][name]))
+        if OURS in of_data:
+            panels.append((DATA_TITLES[data], found))
+            shown.update(found)
+    names = [title for title in TITLES.values() if title in shown]
+    return forest(names, panels, asset("report.css"))
 
 
 def draw_reliability(systems):

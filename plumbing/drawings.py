@@ -288,3 +288,50 @@ def interval(value, limits, scale, ideal=None):
     marks.append(mark(left(value), 10, 0))
     return tag("svg", joined(marks), viewBox="0 0 140 20", class_="interval",
                aria_hidden="true")
+
+
+# --- several systems on several data sets ---------------------------------------------------------
+NAMES_WIDTH, PANEL_WIDTH, PANEL_GAP, ROW_HEIGHT = 290, 150, 24, 24
+
+
+def forest(names, panels, style):
+    """Dots with 95 % intervals, a line for each name and a panel for each data set, as a file.
+
+    panels: [(title, {name: (value, low, high)})]; a name may be missing. style: report.css.
+    """
+    top = 34  # of the first line
+    bottom = top + ROW_HEIGHT * len(names)
+    marks = [tag("style", Markup(style))]
+    for row, name in enumerate(names):
+        middle = top + ROW_HEIGHT * (row + 0.5)
+        marks.append(tag("text", name, x=NAMES_WIDTH - 12, y=middle + 4, text_anchor="end",
+                         class_="tick"))
+
+    for number, (title, found) in enumerate(panels):
+        left = NAMES_WIDTH + number * (PANEL_WIDTH + PANEL_GAP)
+        lowest = min(low for _, low, _ in found.values())
+        highest = max(high for _, _, high in found.values())
+        margin = 0.05 * (highest - lowest)
+        scale = (lowest - margin, highest + margin)
+
+        def place(value, left=left, scale=scale):
+            return round(left + PANEL_WIDTH * (value - scale[0]) / (scale[1] - scale[0]), 1)
+
+        marks.append(tag("text", title, x=left + PANEL_WIDTH / 2, y=18, text_anchor="middle",
+                         class_="label"))
+        for value in ticks(*scale)[::2]:
+            x = place(value)
+            marks.append(tag("line", x1=x, x2=x, y1=top, y2=bottom, class_="grid"))
+            marks.append(tag("text", tick_text(value), x=x, y=bottom + 16, text_anchor="middle",
+                             class_="tick"))
+        for row, name in enumerate(names):
+            if name in found:
+                value, low, high = found[name]
+                middle = top + ROW_HEIGHT * (row + 0.5)
+                marks.append(tag("line", x1=place(low), x2=place(high), y1=middle, y2=middle,
+                                 class_="whisker"))
+                marks.append(mark(place(value), middle, 0))
+
+    width = NAMES_WIDTH + len(panels) * (PANEL_WIDTH + PANEL_GAP)
+    return tag("svg", joined(marks), viewBox=f"0 0 {width} {bottom + 24}", width=width,
+               height=bottom + 24, xmlns="http://www.w3.org/2000/svg")
