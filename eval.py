@@ -3,7 +3,7 @@
     python eval.py --run runs/x --data test.jsonl
     python eval.py --run runs/clsgen --run runs/cls --run runs/lm --model models/x --data test.jsonl
 
-Prints tables, and writes eval.json, predictions.jsonl and report.html, a page for people: to
+Prints a table, and writes eval.json, predictions.jsonl and report.html, a page for people: to
 runs/x/eval/test for one run, to out/test for several. --model adds the base model, zero-shot.
 Nothing is fitted on --data: each run brings its calibration and threshold; those of the base model
 are fitted on --valid.
@@ -33,68 +33,16 @@ from metrics import (
     auroc, calibrated, clipped_logit, curves, group_numbers, interval_warnings, none_if_undefined,
     score_metrics, text_metrics)
 from plumbing.checkpoint import base_fingerprint, load_llama
+from plumbing.eval_tables import print_report
 from plumbing.files import continue_job, sha256_of, write_atomically
 from plumbing.model_checks import check_base
 from plumbing.packed import pack
 from plumbing.script import Help, dtype_name, refuse, run_main, versions
-from plumbing.tables import table
 from prompts import Prompts
 from report import write_report
 from run import Fitted, Run, fit, load_run
 
 ZERO_SHOT = "zero-shot"  # the name of the base model in the results
-
-TABLES = {  # title: columns, by their names in eval.json
-    "the probability; log loss in nats":
-        "calibrated auroc average_precision log_loss brier",
-    "decisions at p >= .5, F1 at the run's threshold; the 80 % of rows with the largest |p - .5|":
-        "accuracy f1_half f1 accuracy_at_80 coverage_at_95",
-    "is p calibrated? intercept 0 and slope 1 are best; raw is before calibration; CORP parts":
-        "calibrated intercept slope ece ece_floor ece_floor_q95 miscalibration discrimination "
-        "uncertainty true_p_error",
-    "does the text say what p says?":
-        "n_explained n_parsable auroc_alignment kappa_matched kappa_all agree_share "
-        "agree_accuracy agree_coverage_at_95",
-    "does an explanation, read alone, lead to its decision? shuffled: that of another row":
-        "n_reread reread_auroc shuffled_auroc reread_flips shuffled_flips",
-    "is it still a text? losses in nats a token; evidence":
-        "parsable empty distinct_2 rep_4 reference_nll base_kl flesch evidence_recall "
-        "evidence_precision evidence_invented",
-    "answers without a number from 0 to 100, which get the base rate":
-        "unreadable",
-    "minus the first line's, on the same resamples":
-        "auroc_difference log_loss_difference reference_nll_difference",
-}
-
-HEADINGS = {  # of the columns whose names in eval.json say too little
-    "auroc": "AUROC",
-    "f1_half": "F1 at .5",
-    "f1": "F1",
-    "ece": "calibration error",
-    "ece_floor": "of a perfect p",
-    "ece_floor_q95": "its 95 % line",
-    "true_p_error": "distance from true p",
-    "n_explained": "texts",
-    "n_parsable": "of them with a label",
-    "auroc_alignment": "alignment",
-    "kappa_matched": "kappa, best threshold",
-    "kappa_all": "kappa, all texts",
-    "agree_share": "text agrees",
-    "agree_accuracy": "accuracy if it agrees",
-    "n_reread": "texts",
-    "reread_auroc": "AUROC",
-    "shuffled_auroc": "AUROC, shuffled",
-    "reread_flips": "decisions flipped",
-    "shuffled_flips": "decisions flipped, shuffled",
-    "parsable": "states a label",
-    "distinct_2": "distinct word pairs",
-    "rep_4": "repetition",
-    "reference_nll": "reference loss",
-    "base_kl": "KL from base",
-    "flesch": "reading ease",
-    "auroc_difference": "AUROC difference",
-    "reference_nll_difference": "reference loss difference",
-}
 
 
 def main(argv=None):
@@ -180,6 +128,7 @@ def parse(argv=None):
     add("--data", required=True, type=Path, help="JSON Lines file with labels")
     add("--out", type=Path, help="results (default: RUN/eval/DATA; of several runs, out/DATA)")
     add("--overwrite", action="store_true", help="replace results that are there, or half there")
+    add("--tables", action="store_true", help="print all metrics, not only the most important ones")
 
     add = parser.add_argument_group("the base model").add_argument
     add("--model", help="folder of the base model: scored as well, zero-shot, with the first run's "
@@ -260,7 +209,7 @@ def load_zero_shot(args):
 def calibrate_zero_shot(run, valid, args):
     """Fits the base model's calibration and threshold on `valid`, as train.py fits a run's."""
     y = [row["label"] for row in valid]
-    z = run.raw_logits(valid, args.batch, progress=True)
+    z = run.raw_logits(valid, args.batch, progress="validation rows")
     run.fitted, sentence = fit(run.fitted.scorer, y, z, run.fitted.base_rate)
     print(f"{ZERO_SHOT}: {sentence}")
 
@@ -281,7 +230,7 @@ def ask_percentages(run, rows, args):
     prompts.text_after = f"\n\n{instruction}{prompts.text_after}"
 
     asked = Run(run.model, prompts, run.fitted, run.name, has_lora=False)
-    records = asked.predict(rows, batch_size=args.batch, progress=True)
+    records = asked.predict(rows, batch_size=args.batch, progress="stated confidence")
     return [record["explanation"] for record in records]
 
 
@@ -336,12 +285,14 @@ def score_rows(name, run, rows, args):
     """
     explained = rows[: args.explain]
     others = rows[len(explained) :]
-    how = {"batch_size": args.batch, "progress": True}
     done = {}  # {unit: its result}
     units = {
-        "texts": lambda: run.predict(explained, explain=True, **how),
-        "probabilities": lambda: run.predict(others, explain=False, **how),
-        "references": lambda: run.reference_sums(explained, **how).tolist(),
+        "texts": lambda: run.predict(
+            explained, batch_size=args.batch, progress="probabilities and texts"),
+        "probabilities": lambda: run.predict(
+            others, explain=False, batch_size=args.batch, progress="probabilities"),
+        "references": lambda: run.reference_sums(
+            explained, args.batch, progress="reference losses").tolist(),
         "rereadings": lambda: reread(run, done["texts"], args),
     }
     if name == ZERO_SHOT:
@@ -377,7 +328,7 @@ def reread(run, predictions, args):
     explanations = [prediction["explanation"] for prediction in predictions]
     places = [i for i, text in enumerate(explanations) if text.strip()]
     texts = [explanations[i] for i in places]
-    found = run.predict(texts, explain=False, batch_size=args.batch, progress=True)
+    found = run.predict(texts, explain=False, batch_size=args.batch, progress="reading again")
 
     records = [None] * len(explanations)
     for i, record in zip(places, found, strict=True):
@@ -554,47 +505,6 @@ def describe(rows):
         "bayes_auroc": bayes_auroc,
         "warnings": interval_warnings(labels, groups),
     }
-
-
-# --- printing -------------------------------------------------------------------------------------
-def print_report(report, args):
-    """Prints the number of rows, why the intervals may not be relied on, and the tables."""
-    print(f"\n{args.data}: {report['n']} rows, {report['positives']} positive, "
-          f"{report['groups']} groups; [95 % interval, groups resampled {args.draws} times]")
-    if report["bayes_auroc"]:
-        print(f"the true p of the rows has AUROC {report['bayes_auroc']:.3f}: the ceiling")
-    for sentence in report["warnings"]:
-        print(f"warning: {sentence}")
-    print_tables(report["metrics"])
-    print(f"\nwrote {args.out}/report.html, eval.json and predictions.jsonl")
-
-
-def print_tables(columns):
-    """Prints the tables of {scorer: metrics}, each with the scorers that have one of its keys."""
-    tables = {title: keys.split() for title, keys in TABLES.items()}
-    tables["other metrics"] = other_metrics(columns)
-    for title, keys in tables.items():
-        shown = {}
-        for name, metrics in columns.items():
-            if any(key in metrics for key in keys):
-                shown[name] = metrics
-        if shown:
-            print(f"\n{title}\n{table(shown, keys, HEADINGS)}")
-
-
-def other_metrics(columns):
-    """The names of metrics that are in no table, so that a new metric is printed, too."""
-    known = {"seconds"}
-    for keys in TABLES.values():
-        known.update(keys.split())
-
-    others = []
-    for metrics in columns.values():
-        for name, value in metrics.items():
-            if isinstance(value, float) and name not in known:
-                known.add(name)
-                others.append(name)
-    return others
 
 
 if __name__ == "__main__":

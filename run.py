@@ -113,9 +113,9 @@ def as_rows(rows):
 
 
 def batch_starts(n, batch_size, progress):
-    """Where each batch of n rows begins, with a progress bar if it is asked for."""
+    """Where each batch of n rows begins, with a progress bar of this name if there is one."""
     starts = range(0, n, batch_size)
-    return tqdm(starts, unit="batch", disable=not progress or not starts)
+    return tqdm(starts, desc=progress, unit="batch", disable=not progress or not starts)
 
 
 class Run:
@@ -135,11 +135,12 @@ class Run:
         self.about = {}  # the content of clsgen.json
 
     def predict(self, rows, explain=True, batch_size=16, decide="text", choose=choose_token,
-                progress=False):
+                progress=None):
         """Texts or row dicts -> a list of their records, in the same order. One text is enough.
 
         decide="head" starts each answer with the head's decision, so that the text argues for it.
         By default the text states a label of its own, which is what agreement measures.
+        progress: the name of a progress bar, None for no bar.
         choose(logits (B, V)) picks the next token of each row, (B,).
         """
         if decide not in ("text", "head"):
@@ -225,14 +226,14 @@ class Run:
         return reading.write(self.prompts.stop_ids, self.prompts.max_answer, choose, openings)
 
     # for evaluation
-    def raw_logits(self, rows, batch_size=16, progress=False):
+    def raw_logits(self, rows, batch_size=16, progress=None):
         """(N,) logits of the run's own score, before calibration."""
         records = self.predict(rows, explain=False, batch_size=batch_size, progress=progress)
         p = np.array([record["raw_probability"] for record in records])
         return np.log(p) - np.log1p(-p)
 
     @torch.inference_mode()
-    def reference_sums(self, rows, batch_size=16, progress=False):
+    def reference_sums(self, rows, batch_size=16, progress=None):
         """(N, 3) sums over the tokens of each row's own explanation, in nats.
 
         -log p(token), then KL(run || base model), and the number of tokens. Without a LoRA that

@@ -13,8 +13,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import read_rows  # noqa: E402
-from eval import print_tables  # noqa: E402
 from metrics import calibrated, score_metrics  # noqa: E402
+from plumbing.eval_tables import print_tables  # noqa: E402
 from plumbing.files import write_json  # noqa: E402
 from plumbing.script import run_main  # noqa: E402
 from run import Fitted, fit  # noqa: E402

@@ -24,6 +24,11 @@ def table(columns, keys, headings=None):
         cells = [cell(values, key) for key in keys]
         lines.append([name, *cells])
 
+    return aligned(lines)
+
+
+def aligned(lines):
+    """Lines of cells as text, with every column as wide as its widest cell."""
     widths = []
     for column in zip(*lines, strict=True):
         widths.append(max(map(len, column)))

@@ -28,6 +28,7 @@ import coverage  # noqa: E402
 import random_llama  # noqa: E402
 import speed  # noqa: E402
 import swapped  # noqa: E402
+from plumbing import eval_tables  # noqa: E402
 
 
 def test_the_threshold_is_one_of_calibrated_probabilities():
@@ -223,18 +224,20 @@ def test_the_base_model_states_its_confidence(runs, rows, rows_file, tiny, tmp_p
     asked = ev.ASK_PERCENTAGE.format("yes")
     assert f"Is it bad?\n\nIt is.\n\n{asked}<|im_end|>\n<|im_start|>assistant" in shown
 
-    # validation rows on which a stated 90 % means a half, and 10 % means a sixth
+    # validation rows on which a stated 90 % means about a half, and 10 % about a sixth
     texts = [f"valid {i}" for i in range(60)]
     said.update({text: f"{90 - 80 * (i % 2)}" for i, text in enumerate(texts)})
+    labels = [int(i % 4 == 0 or i % 12 == 1) for i in range(60)]
     valid = write_rows(tmp_path / "valid.jsonl", [
-        {"text": text, "label": int(i % 4 == 0 or i % 12 == 1)} for i, text in enumerate(texts)])
+        {"text": text, "label": label} for text, label in zip(texts, labels, strict=True)])
     ev.main(f"{call}b --valid {valid}".split())
     both = read(tmp_path / "b")[0]["metrics"]
     assert both["zero-shot stated confidence raw"]["brier"] == found["brier"]
     own = both["zero-shot stated confidence"]
     assert (own["calibrated"], own["unreadable"], "f1" in own) == (True, 0.5, True)
-    slope = np.log(5) / (2 * np.log(9))  # log-odds of 0 and of -log 5, at -+log 9
-    logit = np.where(p == 0.7, slope * np.log(7 / 3), slope * np.log(2 / 3)) - np.log(5) / 2
+    temperature, bias, _ = calibrate(labels, np.tile([np.log(9), -np.log(9)], 30))
+    logit = np.where(p == 0.7, np.log(7 / 3), np.log(2 / 3)) / temperature + bias
+    assert temperature > 2 and bias < -0.2
     assert own["brier"] == pytest.approx(np.mean((sigmoid(logit) - y) ** 2), abs=1e-6)
 
 
@@ -290,7 +293,7 @@ def test_a_piece_of_work_is_not_done_twice(runs, rows_file, tmp_path, monkeypatc
 
 def test_a_new_metric_is_printed(capsys):
     """Fails if a metric that no table names is left out, or if another value is taken for one."""
-    ev.print_tables({"a": {"auroc": 0.5, "new": 0.25, "intervals": {"new": (0.0, 0.5)}, "n": 3,
+    eval_tables.print_tables({"a": {"auroc": 0.5, "new": 0.25, "intervals": {"new": (0.0, 0.5)}, "n": 3,
                            "run": "x", "seconds": 1.0}, "b": {"auroc": 0.75}})
     tables = capsys.readouterr().out.strip().split("\n\n")
     assert len(tables) == 2 and tables[1].split("\n")[0] == "other metrics"
@@ -434,6 +437,26 @@ def test_swapped_pairs(tmp_path, capsys):
     for wrong, reason in ((pairs, "6 have no partner"), (other_run, "2 runs")):
         with pytest.raises(ValueError, match=reason):
             swapped.main([pairs, wrong])
+
+
+def test_the_summary_fits_the_screen(capsys):
+    """Fails if a long name makes the table wider than 100 columns, if a scorer before calibration
+    is in it, or if a missing number is shown as one."""
+    full = {"auroc": 0.9, "log_loss": 0.31, "slope": 1.1, "intercept": -0.25, "ece": 0.04,
+            "ece_floor": 0.03, "kappa_matched": 0.98, "reference_nll": 1.5,
+            "intervals": {"auroc": (0.85, 0.95)}}
+    bare = {"auroc": 0.5, "slope": None, "intervals": {}}
+    name = "runs/a-folder-with-a-long-name/and-another"
+    eval_tables.print_summary({f"{name} head": full, f"{name} raw": full, "majority": bare})
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    table = [line.split() for line in lines[1:6]]
+    assert table[2][1:] == ["0.900", "[0.85,", "0.95]", "0.310", "1.10,", "-0.25", "0.040",
+                            "(0.030)", "0.98", "1.500"]
+    assert table[3][0].endswith("another") or "head" in table[3]
+    assert [line for line in lines if line.startswith("majority")][0].split() == [
+        "majority", "0.500"]
+    assert not any("raw" in line for line in lines)
 
 
 def test_calibrations_are_compared(tmp_path, capsys):
