@@ -273,11 +273,11 @@ def test_a_piece_of_work_is_not_done_twice(runs, rows_file, tmp_path, monkeypatc
     call = f"--run {runs}/joint --data {rows_file} --draws 20 --explain 8 --out {tmp_path}".split()
     predict, explained = Run.predict, []
 
-    def watched(run, rows, explain, **options):
+    def watched(run, rows, explain=True, **options):
         explained.append(explain)
         if stop and not explain:
             raise KeyboardInterrupt
-        return predict(run, rows, explain, **options)
+        return predict(run, rows, explain=explain, **options)
 
     monkeypatch.setattr(Run, "predict", watched)
     stop = True
@@ -293,8 +293,9 @@ def test_a_piece_of_work_is_not_done_twice(runs, rows_file, tmp_path, monkeypatc
 
 def test_a_new_metric_is_printed(capsys):
     """Fails if a metric that no table names is left out, or if another value is taken for one."""
-    eval_tables.print_tables({"a": {"auroc": 0.5, "new": 0.25, "intervals": {"new": (0.0, 0.5)}, "n": 3,
-                           "run": "x", "seconds": 1.0}, "b": {"auroc": 0.75}})
+    one = {"auroc": 0.5, "new": 0.25, "intervals": {"new": (0.0, 0.5)}, "n": 3, "run": "x",
+           "seconds": 1.0}
+    eval_tables.print_tables({"a": one, "b": {"auroc": 0.75}})
     tables = capsys.readouterr().out.strip().split("\n\n")
     assert len(tables) == 2 and tables[1].split("\n")[0] == "other metrics"
     assert tables[1].split()[2:] == ["new", "a", "0.250", "[0.000,", "0.500]"]
