@@ -195,6 +195,8 @@ class Prompts:
         args has `model`, the folder, and the flags of `add_prompt_arguments`. Warns if the frame is
         another than the folder's chat template has.
         """
+        if not args.question.strip():
+            raise ValueError("--question is blank, expected the question that p answers")
         prompts = cls(args.model, args.question, args.labels, args.format, args.max_prompt,
                       args.max_answer)
         if args.format != "plain":  # who asks for it knows

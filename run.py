@@ -11,6 +11,7 @@ Notation: N rows, B rows of a batch, D hidden size, V vocabulary, A answer token
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,13 +102,20 @@ def fit(scorer, y, z, base_rate):
 
 # --- a run ----------------------------------------------------------------------------------------
 def as_rows(rows):
-    """Texts or row dicts, or a single one of either, as a list of row dicts with an id."""
+    """Texts or row dicts, or a single one of either, as a list of row dicts with an id.
+
+    ValueError for anything else.
+    """
     if isinstance(rows, str | dict):
         rows = [rows]
+    if not isinstance(rows, Iterable):
+        raise ValueError(f"rows is {rows!r}, expected a text, a dict, or a list of them")
     named_rows = []
     for number, row in enumerate(rows, 1):
         if isinstance(row, str):
             row = {"text": row}
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number} is {row!r}, expected a text or a dict")
         named_rows.append({"id": number, **row})
     return named_rows
 

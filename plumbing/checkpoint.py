@@ -267,7 +267,7 @@ def missing_because(folder, name):
             return ("no such folder; `python examples/smollm2.py` makes it, "
                     "or --model names the folder of another model")
         hub_id = folder.rstrip("/")
-        if re.fullmatch(r"(?!models/|runs/)\w[\w.-]*/[\w.-]+", hub_id):
+        if re.fullmatch(r"(?!models/|runs/)\w[\w.-]*(/[\w.-]+)?", hub_id):
             target = f"models/{Path(folder).name}"
             return ("no such folder; if it is a model on the Hugging Face hub, "
                     f"`hf download {hub_id} --local-dir {target}` gets it for --model {target}")

@@ -48,6 +48,8 @@ def nothing_explained(asked, args):
     problem = f"none of the first {len(asked)} rows got an explanation ({counts(outcomes)})"
     if outcomes["cut off"]:
         problem += f"; {cut_off_advice(args)}"
+    if not outcomes["cut off"]:
+        problem += "; docs/data.md says what each check asks for"
     if last_refusal(asked):
         problem += f"; {last_refusal(asked)}"
     return (f"{problem}; the same command continues with the other rows, or starts anew if you "

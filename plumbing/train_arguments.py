@@ -113,6 +113,9 @@ def end_if_finished(args, parser):
     if not (args.resume / "clsgen.json").exists():
         return
     sentence = f"{args.resume} is finished; {how_to_train_further(args.resume)}"
+    if not (args.resume / "adapter_model.safetensors").exists():
+        raise ValueError(f"{args.resume} is a merged model, which has no training to resume; "
+                         f"--model {args.resume} trains further on it")
     if args != parser.parse_args(["--resume", str(args.resume)]):
         raise ValueError(sentence)
     print(sentence)

@@ -320,6 +320,7 @@ def test_where_there_is_no_model_a_sentence_says_how_to_get_one(tmp_path, monkey
     refused(tmp_path / "models" / "small", "python examples/smollm2.py")
     refused("HuggingFaceTB/SmolLM2-135M-Instruct",
             "hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir models/SmolLM2-135M-I")
+    refused("gpt2", "hf download gpt2 --local-dir models/gpt2")
     refused("Some/Model/", "hf download Some/Model --local-dir models/Model")
     refused("models/other", "no such folder")
     Path("some.gguf").touch()

@@ -180,3 +180,11 @@ def test_half_a_surrogate_pair_is_refused(run):
     """Fails if a broken command line ends in the tokenizer's TypeError."""
     with pytest.raises(ValueError, match="surrogates not allowed"):
         run.predict("a \ud800 b")
+
+
+@pytest.mark.parametrize("rows, words", [
+    (5, "rows is 5"), (["a", 5], "row 2 is 5"), (None, "rows is None")])
+def test_what_is_no_text_is_refused(run, rows, words):
+    """Fails if a wrong argument ends in an error about something else."""
+    with pytest.raises(ValueError, match=words):
+        run.predict(rows, explain=False)

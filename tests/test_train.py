@@ -14,10 +14,11 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, assert_refused, run_script, write_rows
+from conftest import ROOT, assert_refused, make_run, run_script, write_rows
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
+import export
 from clsgen import CLSGen, add_lora
 from data import Example
 from metrics import auroc, best_f1_threshold, calibrate
@@ -447,6 +448,20 @@ def test_the_places_of_a_resumed_run_are_remembered(tiny, rows_file, tmp_path):
     config = read_state(out)[0]["config"] | {"data": "elsewhere.jsonl"}
     state, _ = restore(out, parts["lora"] | parts["head"], optimizer, config)
     assert state["config"] == config
+
+
+def test_a_merged_run_is_not_resumed(tiny, rows_file, tmp_path):
+    """Fails if the advice is to start from an adapter that a merged folder does not have."""
+    make_run(tiny, tmp_path / "run")
+    export.main(["--run", str(tmp_path / "run"), "--out", str(tmp_path / "merged")])
+    with pytest.raises(ValueError, match="merged model.* --model .*merged trains further"):
+        main(["--resume", str(tmp_path / "merged")])
+
+
+def test_a_blank_question_is_refused(tiny, rows_file, tmp_path):
+    """Fails if a training starts that asks nothing."""
+    with pytest.raises(ValueError, match="--question is blank"):
+        main(arguments(tiny, rows_file, tmp_path / "run", "--question", " "))
 
 
 def test_a_finished_run_is_not_done_again(tiny, rows_file, trained, tmp_path, capsys):
