@@ -344,7 +344,10 @@ def print_calibration(systems):
             if system not in of_data:
                 continue
             for kind in ("raw", "calibrated"):
-                found = [calibration_of(scores, kind) for scores in of_data[system]]
+                try:
+                    found = [calibration_of(scores, kind) for scores in of_data[system]]
+                except ValueError:  # a cut of p separates the classes: there is no slope
+                    continue
                 slope, slope_low, slope_high, intercept, low, high, error, floor, q95, loss = (
                     np.mean(found, axis=0))
                 print_line(

@@ -311,7 +311,7 @@ def forest(names, panels, style):
         left = NAMES_WIDTH + number * (PANEL_WIDTH + PANEL_GAP)
         lowest = min(low for _, low, _ in found.values())
         highest = max(high for _, _, high in found.values())
-        margin = 0.05 * (highest - lowest)
+        margin = 0.05 * (highest - lowest) or 0.05  # if all are the same
         scale = (lowest - margin, highest + margin)
 
         def place(value, left=left, scale=scale):

@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several tests at a time, so one thread for each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
