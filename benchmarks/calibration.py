@@ -5,8 +5,8 @@
     python benchmarks/calibration.py runs/*/eval/held/predictions.jsonl
 
 The JSON files are results of benchmarks/real.py: their validation rows and their unused rows are
-taken, never test rows, and the table shows the mean over the runs of each data set. Other files
-hold records of predict.py or eval.py for labelled rows that nothing was fitted on;
+taken, never test rows, without their groups, and the table shows the mean over the runs of a set.
+Other files hold records of predict.py or eval.py for labelled rows that nothing was fitted on;
 `raw_probability` and `true_label` are read. Rows are drawn again and again: some to fit on, all
 others to score on. Whole groups stay together where the records have a `group`, as eval.py's do.
 With the same draws for all, p = sigmoid(slope z + bias) of the logit z is fitted in six ways:

@@ -3,14 +3,15 @@
     python benchmarks/result_tables.py                  # all data sets in benchmarks/results/
     python benchmarks/result_tables.py --figures out    # and pictures
 
-A value is the mean over the seeds. Its 95 % interval takes seeds and rows together: each of 1,000
-draws picks the seeds with replacement, and whole groups of test rows with replacement, the same for
-every system and seed; the interval holds the middle 95 % of the means. With three seeds this
-understates how much seeds vary (by about a fifth); where there is one seed, it says nothing of it.
+A value is the mean over the seeds. Its 95 % interval takes test rows and seeds together: the
+variance over rows comes from 1,000 resamples of whole groups, the same for every system, and the
+variance over seeds from the seeds' own values on all rows. The limits are t standard errors away,
+with Satterthwaite's degrees of freedom (1946): three seeds whose values differ much have about two,
+and so a wide interval. Where there is one seed, the interval is that of rows alone.
 
-A difference of two systems is taken within each draw, so rows and seeds are paired. It counts from
-MARGINS on, which were written down before anything was run. If its interval crosses zero, no
-difference was seen, and the farther end of the interval says how large one could still be.
+A difference of two systems is taken for each seed that both have, and on the same rows. It counts
+from MARGINS on, which were written down before anything was run with several seeds. If its interval
+crosses zero, no difference was seen.
 
 Probabilities are calibrated here, by metrics.calibrate on the stored validation rows, so that all
 systems have the same calibration whatever version of the code has trained them. Those of the base
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from metrics import (  # noqa: E402
     auroc, calibrate, calibrated, calibration_intervals, calibration_slope, curves, ece, ece_floor,
-    group_numbers, log_loss, per_token, sigmoid)
+    group_numbers, log_loss, per_token, sigmoid, student_t)
 from plumbing.drawings import forest, reliability, side_by_side  # noqa: E402
 from plumbing.files import read_json, write_atomically  # noqa: E402
 from plumbing.script import run_main  # noqa: E402
@@ -64,6 +65,7 @@ MARGINS = {"auroc": 0.02, "log_loss": 0.03, "text_nll": 0.05}  # the last is a s
 class Scores:
     """What one system, with one seed, says about N test rows."""
 
+    seed: int | None  # None: it was not trained
     y: np.ndarray  # (N,)
     groups: list  # N
     p: np.ndarray  # (N,) calibrated
@@ -125,9 +127,9 @@ def draw_overview(name, systems, draws):
     for data, of_data in systems.items():
         found = {}
         for system, seeds in of_data.items():
-            if system != "majority" and name in draws[data][system]:
-                value = means(seeds)[name]
-                found[TITLES[system]] = (value, *interval(draws[data][system][name]))
+            if system != "majority" and name in draws[data][system][0]:
+                measured = measure_all(name, seeds, draws[data][system])
+                found[TITLES[system]] = estimate(*measured)
         if OURS in of_data:
             panels.append((DATA_TITLES[data], found))
             shown.update(found)
@@ -180,7 +182,7 @@ def baseline_scores(result, scorer):
         valid = result["valid"]
         temperature, bias, _ = calibrate(valid["label"], valid[f"{scorer}: z"])
         p = calibrated(rows[f"{scorer}: z"], temperature, bias)
-    return Scores(y, rows.get("group"), p, metrics=result["metrics"][scorer])
+    return Scores(None, y, rows.get("group"), p, metrics=result["metrics"][scorer])
 
 
 def run_scores(result):
@@ -194,6 +196,7 @@ def run_scores(result):
         if "swapped" in result:
             swapped_p = calibrated(result["swapped"]["z"], temperature, bias)
     return Scores(
+        seed=result["seed"],
         y=np.array(rows["label"]),
         groups=rows.get("group"),
         p=p,
@@ -214,45 +217,76 @@ def own_metrics(result):
 
 # --- seeds and rows together ----------------------------------------------------------------------
 def draw(systems, draws, seed=0):
-    """{system: {metric: (draws,) means over the drawn seeds on the drawn rows}}.
+    """{system: [for each of its Scores, {metric: (draws,) its values on resampled rows}]}.
 
-    A draw in which a class is missing is drawn again.
+    Whole groups are resampled. All systems and seeds see the same rows. A resample in which a class
+    is missing is drawn again.
     """
     first = next(iter(systems.values()))[0]
     number = group_numbers(first.groups, len(first.y))
     rows_of_group = [np.flatnonzero(number == group) for group in range(number.max() + 1)]
-    most_seeds = max(len(seeds) for seeds in systems.values())
 
     rng = np.random.default_rng(seed)
-    found = []  # of each draw: {system: {metric: mean}}
-    while len(found) < draws:
+    resamples = []
+    while len(resamples) < draws:
         groups = rng.integers(len(rows_of_group), size=len(rows_of_group))
         rows = np.concatenate([rows_of_group[group] for group in groups])
-        picked = rng.integers(most_seeds, size=most_seeds)
         if len(set(first.y[rows])) == 2:
-            found.append({system: mean_of([seeds[i % len(seeds)] for i in picked], rows)
-                          for system, seeds in systems.items()})
+            resamples.append(rows)
 
-    columns = {}
-    for system in systems:
-        names = found[0][system]
-        columns[system] = {name: np.array([one[system][name] for one in found]) for name in names}
-    return columns
-
-
-def mean_of(seeds, rows):
-    """{metric: its mean over some Scores, which may occur twice, on some rows}."""
-    measured = {}
-    for scores in seeds:
-        if id(scores) not in measured:
-            measured[id(scores)] = scores.measure(rows)
-    values = [measured[id(scores)] for scores in seeds]
-    return {name: float(np.mean([one[name] for one in values])) for name in values[0]}
+    drawn = {}
+    for system, seeds in systems.items():
+        drawn[system] = []
+        for scores in seeds:
+            found = [scores.measure(rows) for rows in resamples]
+            names = found[0]
+            drawn[system].append({name: np.array([one[name] for one in found]) for name in names})
+    return drawn
 
 
-def means(seeds):
-    """{metric: its mean over the seeds} on all rows."""
-    return mean_of(seeds, np.arange(len(seeds[0].y)))
+def measure_all(name, seeds, drawn):
+    """(S,) a metric of each of S seeds on all rows, and (S, draws) on the resampled rows."""
+    all_rows = np.arange(len(seeds[0].y))
+    values = np.array([scores.measure(all_rows)[name] for scores in seeds])
+    return values, np.array([one[name] for one in drawn])
+
+
+def estimate(values, drawn):
+    """(mean over the seeds, low, high), the 95 % interval over rows and seeds together.
+
+    values (S,): of each seed on all rows; drawn (S, draws): of each on resampled rows.
+    """
+    n_seeds = len(values)
+    variance_of_rows = drawn.mean(axis=0).var()
+    variance_of_seeds = 0.0
+    degrees = np.inf
+    if n_seeds > 1:
+        variance_of_seeds = values.var(ddof=1) / n_seeds
+    variance = variance_of_rows + variance_of_seeds
+    if variance_of_seeds > 0:
+        degrees = variance**2 / (variance_of_seeds**2 / (n_seeds - 1))
+
+    reach = student_t(degrees) * np.sqrt(variance)
+    return values.mean(), values.mean() - reach, values.mean() + reach
+
+
+def estimate_difference(name, own, other):
+    """`estimate` of own minus other; of the reference loss as a share of the other.
+
+    own, other: (Scores of each seed, what `draw` made of them). Pairs of the same seed are taken. A
+    system that was not trained is compared with every seed.
+    """
+    pairs = []
+    for one, its_draws in zip(*own, strict=True):
+        for two, other_draws in zip(*other, strict=True):
+            if two.seed in (one.seed, None):
+                pairs.append((one, its_draws, two, other_draws))
+
+    own_values, own_drawn = measure_all(name, [p[0] for p in pairs], [p[1] for p in pairs])
+    values, drawn = measure_all(name, [p[2] for p in pairs], [p[3] for p in pairs])
+    if name == "text_nll":
+        return estimate(own_values / values - 1, own_drawn / drawn - 1)
+    return estimate(own_values - values, own_drawn - drawn)
 
 
 def counts(name, value, low, high):
@@ -273,11 +307,10 @@ def print_systems(data, systems, draws, results):
     print_line(*["---"] * 8)
     for system, seeds in systems.items():
         cells = [TITLES[system], str(len(seeds))]
-        values = means(seeds)
         for name in METRICS:
             cell = ""
-            if name in values:
-                cell = with_interval(values[name], *interval(draws[system][name]))
+            if name in draws[system][0]:
+                cell = with_interval(*estimate(*measure_all(name, seeds, draws[system])))
             cells.append(cell)
         for key in ("parsable", "kappa_matched", "rep_4"):
             cells.append(mean_cell([scores.metrics.get(key) for scores in seeds], 2))
@@ -311,23 +344,17 @@ def print_differences(name, systems, draws):
         cells = []
         for data in with_ours:
             cells.append("")
-            if system in systems[data] and name in draws[data][system]:
-                value = difference(
-                    name, means(systems[data][OURS])[name], means(systems[data][system])[name])
-                low, high = interval(difference(
-                    name, draws[data][OURS][name], draws[data][system][name]))
+            if system in systems[data] and name in draws[data][system][0]:
+                value, low, high = estimate_difference(
+                    name,
+                    (systems[data][OURS], draws[data][OURS]),
+                    (systems[data][system], draws[data][system]),
+                )
                 cells[-1] = with_interval(value, low, high)
                 if counts(name, value, low, high):
                     cells[-1] = f"**{cells[-1]}**"
         if any(cells) and system != OURS:
             print_line(TITLES[system], *cells)
-
-
-def difference(name, own, other):
-    """Own minus other; of the reference loss as a share of the other."""
-    if name == "text_nll":
-        return own / other - 1
-    return own - other
 
 
 def print_calibration(systems):
@@ -373,16 +400,19 @@ def calibration_of(scores, kind):
 
 def print_rereading(systems):
     """Does an explanation, read alone, lead to its decision? And that of another row?"""
-    print("\n### Reading again: AUROC against the first decision (with texts of other rows)\n")
-    print_line("system", *[DATA_TITLES[data] for data in systems])
-    print_line(*["---"] * (1 + len(systems)))
+    print("\n### Reading again: AUROC and flipped decisions (with texts of other rows)\n")
+    trained = {data: of_data for data, of_data in systems.items() if OURS in of_data}
+    print_line("system", *[DATA_TITLES[data] for data in trained])
+    print_line(*["---"] * (1 + len(trained)))
     for system in TRAINED:
         cells = []
-        for of_data in systems.values():
-            seeds = of_data.get(system, [])
-            own = mean_cell([scores.metrics.get("reread_auroc") for scores in seeds], 2)
-            other = mean_cell([scores.metrics.get("shuffled_auroc") for scores in seeds], 2)
-            cells.append(f"{own} ({other})" if own and other else "")
+        for of_data in trained.values():
+            shown = []
+            for key in ("reread_auroc", "shuffled_auroc", "reread_flips", "shuffled_flips"):
+                seeds = of_data.get(system, [])
+                shown.append(mean_cell([scores.metrics.get(key) for scores in seeds], 2))
+            auroc_cell = "{} ({}), {} ({})".format(*shown)
+            cells.append(auroc_cell if all(shown) else "")
         print_line(TITLES[system], *cells)
 
 
@@ -414,10 +444,6 @@ def print_unseen(results):
                 print(f"\n{DATA_TITLES[result['data']]}, {TITLES.get(result['system'])}, seed "
                       f"{result['seed']}: {unseen['n']} rows of groups that training has not "
                       f"seen: AUROC {with_interval(found['auroc'], *limits)}")
-
-
-def interval(values):
-    return np.percentile(values, (2.5, 97.5))
 
 
 def with_interval(value, low, high):

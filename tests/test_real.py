@@ -168,19 +168,39 @@ def test_which_differences_count(value, low, high, counts):
     assert result_tables.counts("auroc", value, low, high) == counts
 
 
-def test_seeds_and_rows_vary_together():
-    """Fails if the interval leaves out the seeds, or if two equal systems differ in a draw."""
+@pytest.mark.parametrize("seed_deviation", [0.0, 0.5, 2.0, 8.0])
+def test_the_interval_takes_rows_and_seeds(seed_deviation):
+    """Fails if the seeds' spread is left out, or counts as if three seeds were many: then the truth
+    is outside of the interval too often."""
     rng = np.random.default_rng(0)
-    y = np.arange(200) % 2
+    inside = 0
+    for _ in range(1000):
+        values = rng.normal(0, seed_deviation, 3) + rng.normal()  # rows move all seeds together
+        drawn = values[:, None] + rng.normal(size=200)
+        _, low, high = result_tables.estimate(values, drawn)
+        inside += low <= 0 <= high
+    assert 920 <= inside <= 990, inside
 
-    def scores(shift):
-        return result_tables.Scores(y, None, 1 / (1 + np.exp(-rng.normal(shift * (2 * y - 1)))))
 
-    alike = [scores(1.0)] * 3
-    unlike = [scores(0.2), scores(1.0), scores(3.0)]
-    draws = result_tables.draw({"a": alike, "b": alike, "c": unlike}, 200)
-    assert (draws["a"]["auroc"] == draws["b"]["auroc"]).all()
-    assert np.std(draws["c"]["auroc"]) > 2 * np.std(draws["a"]["auroc"])
+def test_a_difference_pairs_the_seeds():
+    """Fails if a seed is compared with another one, or if resampled rows are not the same ones."""
+    rng = np.random.default_rng(0)
+    y = np.arange(100) % 2
+
+    def scores(seed, shift):
+        p = 1 / (1 + np.exp(-rng.normal(shift * (2 * y - 1))))
+        return result_tables.Scores(seed, y, None, p)
+
+    own = [scores(seed, seed) for seed in (0, 1, 3)]
+    systems = {"a": own, "b": own[1:], "c": [scores(None, 0.5)]}
+    drawn = result_tables.draw(systems, 50)
+    pair = ((own, drawn["a"]), (systems["b"], drawn["b"]))
+    assert result_tables.estimate_difference("auroc", *pair) == (0, 0, 0)
+    untrained = ((own, drawn["a"]), (systems["c"], drawn["c"]))
+    value, low, high = result_tables.estimate_difference("auroc", *untrained)
+    each = [one.measure(np.arange(100))["auroc"] for one in own]
+    other = systems["c"][0].measure(np.arange(100))["auroc"]
+    assert value == pytest.approx(np.mean(each) - other) and low < value < high
 
 
 @pytest.mark.parametrize("text, found", [
