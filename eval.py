@@ -11,7 +11,7 @@ are fitted on --valid.
 A run has up to three scores, called scorers, and each is measured by itself: its own p, calibrated
 ("head", or "label token" where no head was trained); the same p before calibration ("raw"); and, if
 it has a head, the probability of the label words ("label token"). The base model is also asked for
-a percentage ("stated confidence"). metrics.py defines the metrics.
+a percentage ("stated confidence"). metrics.py and text_metrics.py define the metrics.
 Notation: N rows, y (N,) labels, p (N,) probabilities of class 1.
 """
 
@@ -31,7 +31,7 @@ from clsgen import CLSGen
 from data import read_rows
 from metrics import (
     auroc, calibrated, clipped_logit, curves, group_numbers, interval_warnings, none_if_undefined,
-    score_metrics, text_metrics)
+    score_metrics)
 from plumbing.checkpoint import base_fingerprint, load_llama
 from plumbing.eval_tables import print_report
 from plumbing.files import continue_job, sha256_of, write_atomically
@@ -41,6 +41,7 @@ from plumbing.script import Help, dtype_name, refuse, run_main, versions
 from prompts import Prompts
 from report import write_report
 from run import Fitted, Run, fit, load_run
+from text_metrics import text_metrics
 
 ZERO_SHOT = "zero-shot"  # the name of the base model in the results
 

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import read_rows
-from metrics import auroc, repetition
+from metrics import auroc
 from plumbing.chat import Refused
 from plumbing.checkpoint import base_fingerprint
 from plumbing.files import continue_job, sha256_of, write_atomically
@@ -31,6 +31,7 @@ from plumbing.remarks import warn_of_default_question
 from plumbing.script import Help, refuse, run_main
 from plumbing.teachers import LocalTeacher, ServerTeacher, key_of
 from prompts import SYSTEM, add_prompt_arguments, stated_label
+from text_metrics import repetition
 
 INSTRUCTION = (  # what a teacher reads below a row's text; the question stands above the text
     'The answer is "{}". In one to three sentences, explain which facts in the text lead to this '

@@ -27,7 +27,7 @@ import torch
 
 from clsgen import CLSGen, add_lora, joint_loss, label_loss, total_loss
 from data import collate, encode_rows, read_rows
-from metrics import auroc, collapse, sigmoid
+from metrics import auroc, sigmoid
 from plumbing.adapter import load_adapter
 from plumbing.checkpoint import base_fingerprint, base_name, load_llama
 from plumbing.model_checks import check_base
@@ -42,6 +42,7 @@ from plumbing.train_arguments import (
 from plumbing.training_log import TrainingLog, begin_run_folder, conclude, introduce
 from prompts import Prompts
 from run import Fitted, Run, check_read_out, fit, read_out_mark, save_run
+from text_metrics import collapse
 
 
 # --- the whole training ---------------------------------------------------------------------------

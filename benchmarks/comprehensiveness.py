@@ -32,13 +32,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data import read_rows  # noqa: E402
-from metrics import (  # noqa: E402
-    bootstrap, cited_phrases, evidence_phrases, known_phrases, mean_or_none, spelled)
+from metrics import bootstrap, mean_or_none  # noqa: E402
 from plumbing.citations import FUNCTION_WORDS  # noqa: E402
 from plumbing.files import write_json  # noqa: E402
 from plumbing.script import refuse, run_main, versions  # noqa: E402
 from plumbing.tables import table  # noqa: E402
 from run import load_run  # noqa: E402
+from text_metrics import (  # noqa: E402
+    cited_phrases, evidence_phrases, known_phrases, spelled)
 
 DRAWS = 5  # random controls for each row
 

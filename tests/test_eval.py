@@ -15,11 +15,12 @@ from conftest import ROOT, write_rows
 import eval as ev
 import train
 from clsgen import TARGETS, CLSGen, add_lora, base_model
-from metrics import best_f1_threshold, calibrate, collapse, log_loss, sigmoid
+from metrics import best_f1_threshold, calibrate, log_loss, sigmoid
 from model import Llama
 from plumbing.checkpoint import base_fingerprint, load_llama, read_config
 from prompts import Prompts
 from run import Fitted, Run, fit, load_run, save_run
+from text_metrics import collapse
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import calibration  # noqa: E402

@@ -9,7 +9,7 @@ from conftest import ROOT
 SCRIPTS = {path.stem: path for path in ROOT.glob("*.py")}
 PLUMBING = {f"plumbing.{path.stem}": path for path in (ROOT / "plumbing").glob("*.py")}
 FILES = SCRIPTS | PLUMBING
-METHOD = ("clsgen", "model", "attention", "metrics")
+METHOD = ("clsgen", "model", "attention", "metrics", "text_metrics")
 RUNTIME = {"torch", "numpy", "safetensors", "tokenizers", "tqdm"}
 
 

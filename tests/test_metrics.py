@@ -15,6 +15,7 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
 import metrics as mt
+import text_metrics as tm
 from plumbing.tables import table
 
 sys.path.insert(0, str(ROOT / "examples/discharge"))
@@ -359,11 +360,11 @@ def test_differences_are_paired():
 def test_repetition_by_hand():
     """Fails if distinct-2 is a mean over texts, if rep-4 pools them, or if case parts words."""
     # bigrams: a b, b a, a b | A B -> 2 different of 4; no text has a 4-gram twice
-    assert mt.repetition(["a b a b", "A B"]) == (0.5, 0.0)
+    assert tm.repetition(["a b a b", "A B"]) == (0.5, 0.0)
     # 4-grams of "x x x x x x": three, one different; of "a b c d": one; mean of 2/3 and 0
-    assert mt.repetition(["x x x x x x", "a b c d", "a"])[1] == pytest.approx(1 / 3)
-    assert mt.repetition([")))))"])[1] == 0.5
-    assert mt.repetition([]) == mt.repetition(["", "word"]) == (None, None)
+    assert tm.repetition(["x x x x x x", "a b c d", "a"])[1] == pytest.approx(1 / 3)
+    assert tm.repetition([")))))"])[1] == 0.5
+    assert tm.repetition([]) == tm.repetition(["", "word"]) == (None, None)
 
 
 def test_flesch_by_hand():
@@ -371,9 +372,9 @@ def test_flesch_by_hand():
     collapsed text gets a mark."""
     # 6 words in 2 sentences; syllables the-1 home-1 was-1 / a-1 lit-tle-2 one-1
     mark = pytest.approx(206.835 - 1.015 * 3 - 84.6 * 7 / 6)
-    assert mt.flesch("The home was 3.5. A little one!") == mark
+    assert tm.flesch("The home was 3.5. A little one!") == mark
     for text in ("The risk is high.", "", "... !? 3. 4.", "It is bad. " * 9):
-        assert mt.flesch(text) is None
+        assert tm.flesch(text) is None
 
 
 def test_evidence_by_hand():
@@ -386,20 +387,20 @@ def test_evidence_by_hand():
     texts = ["HEART failure, and sepsis.", "The dosage.", "Sepsis", "heart failure"]
     file_rows = [*rows, {"evidence": ["sepsis"]}]
     # recall: 1 of 2, 0 of 1; precision: 1 of 2, (none cited), 0 of 1; invented: 1 of 2, 1 of 1
-    assert mt.evidence_scores(rows, texts, file_rows) == (0.25, 0.25, 0.75)
-    assert mt.evidence_scores([{"text": ""}], ["text"], [{}]) == (None, None, None)
+    assert tm.evidence_scores(rows, texts, file_rows) == (0.25, 0.25, 0.75)
+    assert tm.evidence_scores([{"text": ""}], ["text"], [{}]) == (None, None, None)
 
 
 @pytest.mark.parametrize("asserting, negating", FRAMES)
 def test_a_phrase_that_is_cited_as_absent(asserting, negating):
     """Fails if one of the notes' ways to say that something is absent is missed, or if an asserted
     phrase passes for absent because of its neighbours."""
-    known = {mt.spelled(phrase) for phrase in ("heart failure", "sepsis", "acute heart failure")}
+    known = {tm.spelled(phrase) for phrase in ("heart failure", "sepsis", "acute heart failure")}
     for before, after in (("", ""), ("No sepsis. ", ""), ("", " Sepsis was ruled out.")):
         text = before + asserting.format("heart failure") + after
-        assert mt.cited_phrases(text, known) == {" heart failure "}
+        assert tm.cited_phrases(text, known) == {" heart failure "}
         text = before + negating.format("acute heart failure") + after
-        assert mt.cited_phrases(text, known) == set()
+        assert tm.cited_phrases(text, known) == set()
 
 
 @pytest.mark.parametrize("text, cited", [
@@ -413,7 +414,7 @@ def test_a_phrase_that_is_cited_as_absent(asserting, negating):
 def test_absence_in_other_words(text, cited):
     """Fails if absence reaches into another clause or sentence, if it is looked for on one side
     only, if a phrase must be asserted everywhere, or if "not" is found in "notable"."""
-    found = mt.cited_phrases(text, {" sepsis ", " falls "})
+    found = tm.cited_phrases(text, {" sepsis ", " falls "})
     assert " ".join(found).strip() == cited
 
 
@@ -421,10 +422,10 @@ def test_the_notes_cite_what_they_assert():
     """Fails if a reference explanation of the notes passes for one that cites less."""
     rows = [json.loads(line) for line in open(ROOT / "examples/discharge/valid.jsonl")]
     texts = [row["explanation"] for row in rows]
-    assert mt.evidence_scores(rows, texts, rows) == (1, 1, 0)
+    assert tm.evidence_scores(rows, texts, rows) == (1, 1, 0)
     # ... and a text that retells the note cites just these
     texts = [row["text"] for row in rows]
-    assert mt.evidence_scores(rows, texts, rows) == (1, 1, 0)
+    assert tm.evidence_scores(rows, texts, rows) == (1, 1, 0)
 
 
 def test_rereading_by_hand():
@@ -468,7 +469,7 @@ def test_metrics_of_a_score_and_its_texts():
     sums = np.tile([6.0, 3.0, 4.0], (60, 1)) * (np.arange(60) % 2)[:, None]
     rereadings = [{"probability": p, "label": int(p >= 0.5)} for p in p]
     rereadings[0] = None
-    texts = mt.text_metrics(rows, predictions, rereadings, sums, rows)
+    texts = tm.text_metrics(rows, predictions, rereadings, sums, rows)
     third = np.array([2 if said is None else said for said in stated])
     parsable = third < 2
     assert (texts["n_explained"], texts["n_parsable"], texts["parsable"]) == (60, 54, 0.9)
@@ -485,7 +486,7 @@ def test_metrics_of_a_score_and_its_texts():
 
 def test_nothing_to_measure_is_none():
     """Fails if an absent value becomes 0 or NaN instead of None (n/a in the table)."""
-    texts = mt.text_metrics([], [], [], np.zeros((0, 3)), [{"text": "t", "label": 0}])
+    texts = tm.text_metrics([], [], [], np.zeros((0, 3)), [{"text": "t", "label": 0}])
     assert {value for key, value in texts.items() if key[:2] != "n_"} == {None}
     one = mt.score_metrics([0, 1] * 6, np.full(12, 0.5), draws=5)
     assert one["true_p_error"] is one["slope"] is None
