@@ -421,6 +421,8 @@ def main(argv=None):
     examples = encode_rows(rows, prompts, refuse=False)
 
     print_counts(rows, examples, prompts)
+    if not any("explanation" in row for row in rows):
+        print("no row has an explanation, so all train the score head only; explain.py writes some")
     warn_of_default_question(args.question)
     print_remarks(args.data, rows, prompts)
     print(f"\nthe first row, format {prompts.format}:\n")

@@ -436,6 +436,7 @@ class Comparison:
 
         own["calibrated"] = run.fitted.is_calibrated()
         own["run"] = run.name
+        own["n_disagree"] = sum(record["agree"] is False for record in scored.predictions)
         own["prompts_cut"] = int((scored.column("tokens_cut") > 0).sum())
         own["seconds"] = scored.seconds
         return own

@@ -345,7 +345,16 @@ def main(argv=None):
     write_atomically(args.out, "".join(lines))
     part.unlink()
 
-    report(asked, args)
+    if asked:
+        report(asked, args)
+    else:
+        print("every row has an explanation already: nothing was asked")
+    explained = sum("explanation" in row for row in asked)
+    unexplained = len(asked) - explained
+    print(f"\n{args.out}: {len(rows)} rows, of which {unexplained} are without an explanation and "
+          "train the score head only")
+    if asked and not explained:
+        print("warning: no row got an explanation; docs/data.md says what each check asks for")
     if args.endpoint:
         for sentence in teacher.server.changed_fields():
             print(sentence)

@@ -31,10 +31,10 @@ def main(argv=None):
         raise ValueError(f"{args.run} is merged already")
     if args.adapter:
         write_adapter(run, args.out)
-        print(f"adapter in {args.out}")
+        print(f"adapter in {args.out}; its README.md has the prompt")
     else:
         merge(run, Path(args.model or find_base(run.about["base"])), args.out)
-        print(f"merged model in {args.out}")
+        print(f"merged model in {args.out}; its README.md says how to use it elsewhere")
 
 
 @contextmanager

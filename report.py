@@ -39,7 +39,7 @@ HEADLINES = [  # (name in eval.json, title, how to read it, the value that a dot
      "limited number of rows.", None),
     ("parsable", "Texts that state a label", "Higher is better: 1 is all of them.", None),
     ("kappa_matched", "Agreement of text and probability (kappa)",
-     "Higher is better: 1 is always, 0 is chance.", 0),
+     "At the threshold that suits both best, not the run's. Higher is better: 0 is chance.", 0),
     ("rep_4", "Repetition within a text", "Lower is better: 0 is none.", None),
     ("reference_nll", "Reference loss of the text", "Lower is better, in nats a token.", None),
 ]
@@ -114,6 +114,7 @@ def page(evaluation):
     runs = evaluation.runs
     data, left_out = data_for_page(evaluation)
     title = f"{' and '.join(run.name for run in runs)} on {evaluation.results['data']['file']}"
+    questions = dict.fromkeys(run.about["prompts"]["question"] for run in runs)
 
     # no script and no style but these two, and nothing from elsewhere
     script = asset("report.js")
@@ -125,6 +126,8 @@ def page(evaluation):
         policy=policy,
         style=style,
         title=escaped(title),
+        question=escaped(" / ".join(questions)),
+        short=in_short(evaluation),
         measured=measured(evaluation),
         warnings=warnings(evaluation),
         numbers=numbers(evaluation),
@@ -151,6 +154,34 @@ def definitions(entries):
     """[(term, text)] as a list of definitions."""
     pairs = [tag("div", tag("dt", term), tag("dd", text)) for term, text in entries]
     return tag("dl", joined(pairs))
+
+
+# --- in short -------------------------------------------------------------------------------------
+def in_short(evaluation):
+    """What was found, run by run, in the words of its decisions."""
+    results = evaluation.results
+    found = []
+    for run in evaluation.runs:
+        no, yes = run.words()
+        y = run.column("true_label")
+        decided = run.column("label")
+        n_decided = int(decided.sum())
+        wrong = int((decided > y).sum())
+        missed = int((decided < y).sum())
+        found.append(f"{run.name} decides {yes} for {n_decided} of {len(y)} rows, {wrong} of them "
+                     f"wrongly, and misses {missed} of the {int(y.sum())} rows that are {yes}.")
+
+        ranked = (f"A random row that is {yes} has a higher probability than a random row that is "
+                  f"{no} in {run.metrics['auroc']:.0%} of cases (AUROC)")
+        if results["bayes_auroc"] is not None:
+            ranked += f"; {results['bayes_auroc']:.0%} is the most that is possible here"
+        found.append(f"{ranked}.")
+
+        explained = [record for record in run.records if record["explanation"] is not None]
+        disagree = sum(record["stated_label"] != record["label"] for record in explained)
+        if explained:
+            found.append(f"{disagree} of its {len(explained)} texts do not state what is decided.")
+    return tag("ul", joined(tag("li", sentence) for sentence in found))
 
 
 # --- what was measured, and what to be careful about ----------------------------------------------
@@ -227,7 +258,7 @@ def warnings(evaluation):
                          f"that it ranks better than chance.")
         if metrics["ece"] > metrics["ece_floor_q95"]:
             found.append(f"{run.name}: its calibration error is above what 95 % of perfect "
-                         f"probabilities have on as many rows. Do not take p at its word.")
+                         f"probabilities have on as many rows. {worst_probability(run)}")
         found += seen_before(run, evaluation)
 
     if evaluation.no_texts:
@@ -236,6 +267,15 @@ def warnings(evaluation):
         found.append("Nothing that this page checks: enough rows of each class and enough groups, "
                      "no text cut, no test row seen in training.")
     return tag("ul", joined(tag("li", sentence) for sentence in found), class_="warnings")
+
+
+def worst_probability(run):
+    """Where p is farthest from the observed share of class 1, as a sentence."""
+    curve = run.about["curves"]["reliability"]
+    gaps = [abs(p - share) for p, share in zip(curve["p"], curve["observed"], strict=True)]
+    worst = gaps.index(max(gaps))
+    return (f"Do not take it at its word: around {curve['p'][worst]:.2f}, the share of "
+            f"{run.words()[1]} is {curve['observed'][worst]:.2f}.")
 
 
 def seen_before(run, evaluation):
@@ -373,7 +413,8 @@ def pictures(runs):
             "run's threshold."),
         figure("How well does it rank, and how sure is it?", [
             ("ROC", roc([(run.name, run.about["curves"], chosen_point(run)) for run in runs])),
-            ("Risk and coverage", risk([(run.name, run.about["curves"]) for run in runs]))],
+            ("Risk and coverage, decided at 0.5",
+             risk([(run.name, run.about["curves"]) for run in runs]))],
             "ROC: the further towards the upper left, the better; the mark is where the run's "
             "threshold decides, and the dotted diagonal is chance. Risk and coverage: the share of "
             "wrong decisions at 0.5 if the rows nearest to 0.5 are left undecided.", keys),

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from clsgen import CLSGen, add_lora, joint_loss, label_loss, total_loss
 from data import collate, encode_rows, read_rows
@@ -150,6 +151,7 @@ def main(argv=None):
             for name, parameter in trainable.items():
                 parameter.data.copy_(kept[name])
         base_rate = float(np.mean(labels))
+        state["seconds"] = log.seconds()  # with the last validation
         finish(args, model, prompts, valid_rows, kept["z"].numpy(), base_rate, state)
 
 
@@ -272,7 +274,8 @@ def validate(model, examples, args, prompts, device, ranks):
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]))
     mine = order[ranks.rank :: ranks.count]
     batches = []  # of each: the indices of its examples, their z, and its part of each loss term
-    for start in range(0, len(mine), args.micro_batch):
+    starts = range(0, len(mine), args.micro_batch)
+    for start in tqdm(starts, "validation", leave=False, delay=3, disable=ranks.rank > 0):
         indices = mine[start : start + args.micro_batch]
         batch = collate([examples[i] for i in indices], device)
         with torch.inference_mode():

@@ -6,8 +6,8 @@ from plumbing.tables import aligned, table
 
 LEGEND = """\
 AUROC: 0.5 is chance. Slope and intercept: 1 and 0 are best. Floor: the error that a perfect
-probability has on as many rows. Kappa: does the text state what the probability decides?
-Text loss: of the rows' own explanations, in nats a token."""
+probability has on as many rows. Kappa: agreement of text and probability, at the threshold that
+suits both best. Text loss: of the rows' own explanations, in nats a token."""
 
 TABLES = {  # title: columns, by their names in eval.json
     "the probability; log loss in nats":
@@ -107,6 +107,21 @@ def print_summary(columns):
             lines.append([part, *[""] * len(cells)])
     print(f"\n{aligned(lines)}\n")
     print(LEGEND)
+    for name, metrics in columns.items():
+        print_doubts(name, metrics)
+
+
+def print_doubts(name, metrics):
+    """Prints what speaks against taking a run's own score or its texts at their word."""
+    if "n_disagree" not in metrics:  # this is not a run's own score
+        return
+    if metrics["n_disagree"]:
+        print(f"{name}: {metrics['n_disagree']} of {metrics['n_explained']} texts do not state "
+              "the label that is decided")
+    if metrics["ece"] > metrics["ece_floor_q95"]:
+        print(f"warning: {name}: calibration error {metrics['ece']:.3f}, but 95 % of perfect "
+              f"probabilities\nhave less than {metrics['ece_floor_q95']:.3f} on such rows; more "
+              "validation rows calibrate better")
 
 
 def short(metrics, name, digits=3):

@@ -37,6 +37,7 @@ function showThreshold(isOwn) {
   byId("true-negatives").textContent = trueNegatives;
   byId("precision").textContent = share(truePositives, decided);
   byId("recall").textContent = share(truePositives, run.positives);
+  byId("specificity").textContent = share(trueNegatives, run.negatives);
   byId("f1").textContent = share(2 * truePositives, run.positives + decided);
   byId("accuracy").textContent = share(truePositives + trueNegatives, rows);
   byId("slider-sentence").textContent =
@@ -55,6 +56,7 @@ const LONG = 2000; // characters
 let firstCard = 0;
 
 const tests = {
+  explained: (row, one) => one.explanation !== null,
   wrong: (row, one) => one.decision !== row.label,
   disagree: (row, one) => one.explanation !== null && one.stated !== one.decision,
   uncertain: (row, one) => one.uncertain,
@@ -133,7 +135,7 @@ function card(run, row, one) {
     parts.push(element("h4", "", "Text"), marked(row.text, one.in_text));
   }
   if (one.explanation === null) {
-    parts.push(element("p", "facts", "No explanation here."));
+    parts.push(element("p", "facts", "No explanation was written for this row."));
   } else {
     parts.push(element("h4", "", "Explanation"), marked(one.explanation, one.in_explanation));
   }
@@ -250,6 +252,10 @@ byId("order").addEventListener("change", startAgain);
 byId("search").addEventListener("input", startAgain);
 byId("previous").addEventListener("click", () => turn(-1));
 byId("next").addEventListener("click", () => turn(1));
+
+// Where only some rows have an explanation, the list begins with those
+byId("only-explained").checked = data.runs.some((run, i) =>
+  data.rows.some((row) => row.predictions[i].explanation !== null));
 
 showThreshold(true);
 showCards();

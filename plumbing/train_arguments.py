@@ -189,6 +189,9 @@ def check_arguments(args):
         elif (args.out / STATE).exists():
             problems.append(f"{args.out} has a stopped run; "
                             f"give --resume {args.out} or --overwrite")
+        elif (args.out / "log.jsonl").exists():
+            problems.append(f"{args.out} has a training that has saved nothing so far, and may be "
+                            "running; give another --out, or --overwrite if it is not")
     refuse(problems)
 
 

@@ -138,14 +138,16 @@ def conclude(run, rows, z, sentence, seconds, args):
         print(f"warning: {warning}")
     print_line("validation", f"AUROC {value(measured, 'auroc')}, log loss "
                              f"{value(measured, 'log_loss')} on {len(y)} rows")
-    print_line("fitted there", f"{sentence}; threshold {run.fitted.threshold:.3f}")
+    if "threshold" not in sentence:
+        sentence += f"; threshold {run.fitted.threshold:.3f}"
+    print_line("fitted there", sentence)
     print_line("cost", f"{seconds / 60:.1f} min, {peak_memory(run.device)}")
     print_line("run folder", printable(str(args.out)))
 
     # the test file next to the training file, if there is one
     test = args.data.with_name("test.jsonl")
     if not test.exists():
-        test = "test.jsonl"
+        test = "TEST.jsonl"  # the user's
     command = shlex.join(["python", "eval.py", "--run", str(args.out), "--data", str(test)])
     print_line("next", printable(command))
 

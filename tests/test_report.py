@@ -223,7 +223,7 @@ def test_what_to_be_careful_about(tmp_path):
     (folder / "eval.json").write_text(json.dumps(results))
     words = in_words(write_report(folder).read_text())
     for sentence in ("Class 1 has few rows.", "1 of 200 texts were too long", "contains 0.5",
-                     "is not calibrated on validation rows", "Do not take p at its word",
+                     "is not calibrated on validation rows", "Do not take it at its word: around",
                      "the score head, not calibrated; it decides Yes from 0.500 on",
                      "the log of its training is not there"):
         assert sentence in words, sentence
@@ -401,6 +401,11 @@ def test_filters_orders_and_pages(tmp_path, browser):
     explanations = [None] * 48 + ["It is good.", "There was sepsis."]
     browser.open(write_report(write_evaluation(tmp_path / "out", y, p, texts, explanations)))
     by_error = [f"r{i}" for i in np.argsort(-np.abs(y - p), kind="stable")]
+
+    # the list begins with the rows that have an explanation
+    assert browser.run(CARDS) == [name for name in by_error if name in ("r48", "r49")]
+    assert text_of(browser, "count-explained") == "(2)"
+    click(browser, "only-explained")
     assert browser.run(CARDS) == by_error[:20]
     click(browser, "next")
     click(browser, "next")
@@ -486,3 +491,16 @@ def test_it_fits_a_phone_and_a_dark_room(tmp_path, browser, width, look):
     paper = browser.run("return getComputedStyle(document.body).backgroundColor")
     assert (paper == "rgb(255, 255, 255)") == (look == "light")
     assert browser.console() == []
+
+
+def test_in_short(tmp_path):
+    """Fails if a count is of the other class, or if texts are compared with the true label."""
+    y = np.array([1, 1, 1, 0, 0])
+    p = np.array([0.9, 0.8, 0.1, 0.7, 0.2])  # two found, one missed, one wrong
+    folder = write_evaluation(tmp_path / "out", np.tile(y, 8), np.tile(p, 8), ["A text."] * 40,
+                              ["It is good."] * 40)
+    page = write_report(folder).read_text()
+    short = page[page.index("<h2>In short"):page.index("<h2>What to be careful about")]
+    assert "decides Yes for 24 of 40 rows, 8 of them wrongly" in short
+    assert "misses 8 of the 24 rows that are Yes" in short
+    assert "16 of its 40 texts do not state what is decided" in short  # every text says yes

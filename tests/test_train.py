@@ -164,7 +164,7 @@ def test_the_first_and_the_last_screen(tiny, rows, tmp_path, capsys):
     assert "min to go" in last
     validation, fitted, cost, folder, following = last.splitlines()[-5:]
     assert re.match(r"validation    AUROC \d.* log loss \d.* on 12 rows", validation)
-    assert re.match(r"fitted there  nothing is fitted: .* threshold 0.500", fitted)
+    assert re.match(r"fitted there  nothing is fitted: .* the threshold is 0.5", fitted)
     assert re.match(r"cost          0.\d min, \d.\d GB of memory", cost)
     assert folder == f"run folder    {tmp_path}/run"
     assert following == f"next          python eval.py --run {tmp_path}/run --data {test}"
@@ -448,6 +448,14 @@ def test_the_places_of_a_resumed_run_are_remembered(tiny, rows_file, tmp_path):
     config = read_state(out)[0]["config"] | {"data": "elsewhere.jsonl"}
     state, _ = restore(out, parts["lora"] | parts["head"], optimizer, config)
     assert state["config"] == config
+
+
+def test_a_training_that_runs_is_not_replaced(tiny, rows_file, tmp_path):
+    """Fails if a second training in the same folder takes the log of one that saved nothing yet."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="may be running; give another --out, or --overwrite"):
+        main(arguments(tiny, rows_file, tmp_path / "run"))
 
 
 def test_a_merged_run_is_not_resumed(tiny, rows_file, tmp_path):
