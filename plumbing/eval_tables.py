@@ -75,8 +75,9 @@ def print_report(report, args):
         print_tables(report["metrics"])
 
     print(f"\n{args.out}/report.html shows all of this with pictures, and every prediction")
-    print(f"{args.out}/eval.json and predictions.jsonl have it for programs", end="")
-    print("" if args.tables else "; --tables prints all numbers")
+    print(f"{args.out}/eval.json and predictions.jsonl have it for programs")
+    if not args.tables:
+        print("--tables prints all numbers")
 
 
 def print_summary(columns):
@@ -119,9 +120,9 @@ def print_doubts(name, metrics):
         print(f"{name}: {metrics['n_disagree']} of {metrics['n_explained']} texts do not state "
               "the label that is decided")
     if metrics["ece"] > metrics["ece_floor_q95"]:
-        print(f"warning: {name}: calibration error {metrics['ece']:.3f}, but 95 % of perfect "
-              f"probabilities\nhave less than {metrics['ece_floor_q95']:.3f} on such rows; more "
-              "validation rows calibrate better")
+        print(f"warning: {name}: the calibration error is {metrics['ece']:.3f}, and 95 % of perfect "
+              f"probabilities\nhave less than {metrics['ece_floor_q95']:.3f} on so many rows: do "
+              "not take p at its word")
 
 
 def short(metrics, name, digits=3):
