@@ -120,7 +120,7 @@ def print_doubts(name, metrics):
         print(f"{name}: {metrics['n_disagree']} of {metrics['n_explained']} texts do not state "
               "the label that is decided")
     if metrics["ece"] > metrics["ece_floor_q95"]:
-        print(f"warning: {name}: the calibration error is {metrics['ece']:.3f}, and 95 % of perfect "
+        print(f"warning: {name}: the calibration error is {metrics['ece']:.3f}; 95 % of perfect "
               f"probabilities\nhave less than {metrics['ece_floor_q95']:.3f} on so many rows: do "
               "not take p at its word")
 
