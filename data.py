@@ -371,8 +371,9 @@ def print_counts(rows, examples, prompts):
     print_line("question", printable(prompts.question))
     print_line("rows", f"{len(rows)}: {positives} {prompts.word(1)} ({share:.1%}), "
                  f"{negatives} {prompts.word(0)}")
-    print_line("explanations", f"{len(answer_lengths)}; "
-                         f"{len(rows) - len(answer_lengths)} rows without one")
+    explained = sum("explanation" in row for row in rows)
+    print_line("explanations", f"{explained}; "
+                         f"{len(rows) - explained} rows without one")
     print_line("prompts", spread(prompt_lengths))
     print_line("answers", f"{spread(answer_lengths)}; "
                           f"{too_long} over --max-answer {prompts.max_answer}")

@@ -15,11 +15,11 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from clsgen import CLSGen, LoRALinear
-from plumbing.adapter import HEAD, SCORE, adapter_config, adapter_tensors
+from plumbing.adapter import HEAD, NO_CLASSIFIER, SCORE, adapter_config, adapter_tensors
 from plumbing.checkpoint import (
     ADAPTER_CONFIG, INDEX, base_fingerprint, checkpoint_files, disk_name, find_base, load_llama)
 from plumbing.export_readme import adapter_readme, merged_readme
-from plumbing.files import write_atomically, write_json, write_tensors
+from plumbing.files import read_json, write_atomically, write_json, write_tensors
 from plumbing.script import Help, refuse, run_main
 from run import Run, load_run, reads_last_prompt_token
 
@@ -103,6 +103,8 @@ def merge(run, base, out):
             "golden": golden,
         })
         has_plain_head = run.fitted.scorer == "head" and reads_last_prompt_token(run.model)
+        if read_json(folder / "config.json")["model_type"] in NO_CLASSIFIER:
+            has_plain_head = False
         write_atomically(folder / "README.md", merged_readme(run, has_plain_head))
 
 

@@ -195,7 +195,8 @@ class Prompts:
         args has `model`, the folder, and the flags of `add_prompt_arguments`. Warns if the frame is
         another than the folder's chat template has.
         """
-        if not args.question.strip():
+        is_resumed = getattr(args, "resume", None) is not None  # earlier versions began these
+        if not args.question.strip() and not is_resumed:
             raise ValueError("--question is blank, expected the question that p answers")
         prompts = cls(args.model, args.question, args.labels, args.format, args.max_prompt,
                       args.max_answer)
@@ -406,6 +407,9 @@ def check_settings(question, labels, format, max_prompt, max_answer):
     for word in labels:
         if not isinstance(word, str):
             raise ValueError(f"label word is {word!r}, expected a string")
+        if not word.strip().isprintable():
+            raise ValueError(f"label word is {word!r}, expected no line break and no control "
+                             "character")
         words.add(word.strip().lower())
     if len(labels) != 2 or len(words - {""}) != 2:
         raise ValueError(f"labels are {labels!r}, expected two different words")

@@ -19,12 +19,15 @@ from datetime import datetime
 from pathlib import Path
 from string import Template
 
+import numpy as np
+
 from plumbing.drawings import distribution, interval, reliability, risk, roc, sample, training
 from plumbing.files import sha256_of, write_atomically
 from plumbing.markup import escaped, joined, json_text, tag
 from plumbing.remarks import count_shared
 from plumbing.report_data import data_for_page
 from plumbing.report_files import read_evaluation, read_rows
+from plumbing.resume import name_hashes_by_role
 from plumbing.script import Help, run_main
 from plumbing.tables import cell
 
@@ -174,7 +177,7 @@ def in_short(evaluation):
         ranked = (f"A random row that is {yes} has a higher probability than a random row that is "
                   f"{no} in {run.metrics['auroc']:.0%} of cases (AUROC)")
         if results["bayes_auroc"] is not None:
-            ranked += f"; {results['bayes_auroc']:.0%} is the most that is possible here"
+            ranked += f"; {results['bayes_auroc']:.0%} is the most that can be expected here"
         found.append(f"{ranked}.")
 
         explained = [record for record in run.records if record["explanation"] is not None]
@@ -253,7 +256,9 @@ def warnings(evaluation):
         if not metrics["calibrated"]:
             found.append(f"{run.name}: its probability is not calibrated on validation rows.")
         limits = metrics["intervals"]["auroc"]
-        if limits and limits[0] <= 0.5 <= limits[1]:
+        if limits and limits[1] < 0.5:
+            found.append(f"{run.name}: it ranks these rows the wrong way, worse than chance.")
+        elif limits and limits[0] <= 0.5:
             found.append(f"{run.name}: the interval of AUROC contains 0.5. These rows do not show "
                          f"that it ranks better than chance.")
         if metrics["ece"] > metrics["ece_floor_q95"]:
@@ -270,12 +275,13 @@ def warnings(evaluation):
 
 
 def worst_probability(run):
-    """Where p is farthest from the observed share of class 1, as a sentence."""
-    curve = run.about["curves"]["reliability"]
-    gaps = [abs(p - share) for p, share in zip(curve["p"], curve["observed"], strict=True)]
-    worst = gaps.index(max(gaps))
-    return (f"Do not take it at its word: around {curve['p'][worst]:.2f}, the share of "
-            f"{run.words()[1]} is {curve['observed'][worst]:.2f}.")
+    """In which tenth of the rows p is farthest from the share of class 1, as a sentence."""
+    y = run.column("true_label")
+    p = run.column("probability")
+    tenths = np.array_split(np.argsort(p), 10)
+    worst = max(tenths, key=lambda rows: abs(p[rows].mean() - y[rows].mean()))
+    return (f"Do not take it at its word: of the {len(worst)} rows around {p[worst].mean():.2f}, "
+            f"the share of {run.words()[1]} is {y[worst].mean():.2f}.")
 
 
 def seen_before(run, evaluation):
@@ -289,6 +295,7 @@ def seen_before(run, evaluation):
     sentences = []
     tested = [evaluation.rows.get(str(record["id"]), {}) for record in run.records]
     config = run.log[0].get("config", {})
+    name_hashes_by_role(config)  # logs of earlier versions named them by file
     for key, use in (("data", "training"), ("valid", "validation")):
         name = config.get(key)
         if name is None or not evaluation.rows:

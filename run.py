@@ -204,6 +204,10 @@ class Run:
             z = reading.z().cpu().double()
         else:  # LM-only training and the base model have no trained head
             z = token_z
+        if not z.isfinite().all():
+            dtype = dtype_name(self.llama.norm.weight.dtype)
+            raise ValueError(f"a logit is not a number: the model's values are too large for "
+                             f"{dtype}; --dtype float32 holds them")
 
         p = self.fitted.probability(z).tolist()
         raw_p = z.sigmoid().tolist()
@@ -238,6 +242,8 @@ class Run:
         """(N,) logits of the run's own score, before calibration."""
         records = self.predict(rows, explain=False, batch_size=batch_size, progress=progress)
         p = np.array([record["raw_probability"] for record in records])
+        smallest = np.finfo(np.float64).eps
+        p = np.clip(p, smallest, 1 - smallest)  # beyond a logit of 36 it is 1
         return np.log(p) - np.log1p(-p)
 
     @torch.inference_mode()

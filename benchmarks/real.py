@@ -302,6 +302,8 @@ def steps_of(job, args):
     def resume():
         if (run / STATE).exists():
             return ["train.py", "--resume", run]
+        if (run / "log.jsonl").exists():  # killed before it had saved anything
+            return [*command, "--overwrite"]
 
     steps = [
         Step("train", command, run / "clsgen.json", resume),

@@ -12,6 +12,8 @@ from plumbing.packed import is_packed
 
 PREFIX = "base_model.model."  # peft's; after it, its names equal ours
 SCORE = "score.weight"  # the head, as transformers and a merged folder call it
+# transformers has no sequence classification class for these families
+NO_CLASSIFIER = ("granite", "internlm3", "iquestcoder")
 HEAD = PREFIX + SCORE
 
 # Keys of adapter_config.json that are used below, or have no effect on a trained adapter

@@ -251,7 +251,7 @@ def training(title, unit, key, runs):
         return None
     points = [point for line in lines for point in line]
     last_step = max(step for step, _ in points)
-    most = max(value for _, value in points)
+    most = max(0, *(value for _, value in points))
     plot = Plot("optimizer step", unit, x=(0, max(last_step, 1)), y=(0, 1.1 * most or 1))
     described = []
     for series, ((name, _), (steps, valid)) in enumerate(zip(runs, found, strict=True)):

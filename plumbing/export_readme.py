@@ -1,10 +1,14 @@
 """The README.md of an exported folder: how to build the prompt and read both heads elsewhere."""
 
+import re
+
+from plumbing.script import printable
+
 TOP = """\
 # {title}
 
 It reads a text and answers this question with a probability and an explanation. It is \
-`{base}`, fine-tuned with CLSGen (arXiv 2604.11801). {what}
+{base}, fine-tuned with CLSGen (arXiv 2604.11801). {what}
 
 ## The prompt
 
@@ -49,7 +53,7 @@ classifier = AutoModelForSequenceClassification.from_pretrained(
     ".", num_labels=1, dtype=torch.float32)  # warns that score.weight is missing
 classifier.load_state_dict(load_file("score.safetensors"), strict=False)  # here it is
 z = classifier(**inputs).logits[0, 0]
-probability = torch.sigmoid(z / {temperature!r} + {bias!r}).item()  # of {yes}
+probability = torch.sigmoid(z / {temperature!r} + {bias!r}).item()  # of {yes!r}
 decision = probability >= {threshold!r}
 ```
 """
@@ -82,6 +86,12 @@ def adapter_readme(run):
                     "gives the probability is not in it.")
 
 
+def as_words(text):
+    """A text as one line of Markdown that is nothing but words: its marks are escaped."""
+    line = printable(" ".join(text.split()))
+    return re.sub(r"([\\`*_{}\[\]<>#!|~&])", r"\\\1", line)
+
+
 def top(run, what):
     prompts = run.prompts
     rendered = prompts.rendered()
@@ -89,8 +99,8 @@ def top(run, what):
     if rendered["add_special_tokens"]:
         tokens = "add the special tokens that it adds by default"
     return TOP.format(
-        title=" ".join(prompts.question.split()),
-        base=run.about["base"],
+        title=as_words(prompts.question),
+        base=as_words(run.about["base"]),
         what=what,
         before=rendered["before_text"],
         after=rendered["after_text"],

@@ -63,6 +63,9 @@ def read_runs(results, folder):
     runs = []
     for start, (name, about) in enumerate(results["runs"].items()):
         records = predictions[start * n : (start + 1) * n]
+        if any(record.get("run") not in (None, about["fingerprint"]) for record in records):
+            raise ValueError(f"{folder}/predictions.jsonl is of another run than eval.json: "
+                             "eval.py with --overwrite writes both again")
         metrics = results["metrics"][about["scorer"]]
         runs.append(Evaluated(name, about, metrics, records, read_log(about)))
     return runs

@@ -146,7 +146,7 @@ def conclude(run, rows, z, sentence, seconds, args):
 
     # the test file next to the training file, if there is one
     test = args.data.with_name("test.jsonl")
-    if not test.exists():
+    if not test.exists() or test in (args.data, args.valid):
         test = "TEST.jsonl"  # the user's
     command = shlex.join(["python", "eval.py", "--run", str(args.out), "--data", str(test)])
     print_line("next", printable(command))

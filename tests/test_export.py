@@ -74,7 +74,8 @@ def test_a_merged_run_is_not_exported_again(run, tmp_path, flags):
 # --- the README of an export ----------------------------------------------------------------------
 def code_of(readme, text):
     """The code of a README, for this text."""
-    code = "".join(re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL))
+    code = "".join(re.findall(
+        r"^```python\n(.*?)^```$", readme.read_text(), re.DOTALL | re.MULTILINE))
     assert code.count('text = "..."') == 1
     return code.replace('text = "..."', f"text = {text!r}")
 
@@ -96,6 +97,23 @@ def test_the_readme_of_a_merged_folder_gives_its_predictions(rows, run, tmp_path
         assert ids == prompt + greedy_without_cache(run, row["text"])
     frame = json.loads(Path("clsgen.json").read_text())["prompt_frame"]
     assert names["prompt"] == frame["before_text"] + row["text"] + frame["after_text"]
+
+
+def test_hostile_words_stay_words_in_the_readme(rows, run, tmp_path, monkeypatch):
+    """Fails if a question, a label word or a folder's name becomes code or a mark of Markdown."""
+    run.prompts.question = "Is it ![x](http://e/x.png) <img src=x>?\n```\nimport os"
+    run.prompts.labels = ("no", "yes' + `x`")
+    base = Path(run.about["base"])
+    run.about["base"] = "a`b <i>"
+    merge(run, base, tmp_path / "merged")
+    monkeypatch.chdir(tmp_path / "merged")
+    readme = Path("README.md").read_text()
+    title = readme.splitlines()[0]
+    assert title == (r"# Is it \!\[x\](http://e/x.png) \<img src=x\>? \`\`\` import os")
+    assert r"`a\`b" not in readme and r"a\`b \<i\>" in readme
+    names = {}
+    exec(code_of(Path("README.md"), rows[0]["text"]), names)
+    assert 0 < names["probability"] < 1
 
 
 @pytest.mark.parametrize("why", ["words", "read-out"])

@@ -142,6 +142,7 @@ def test_words_that_resemble_each_other_or_other_words(answer, labels, due):
 
 @pytest.mark.parametrize("settings, words", [
     ({"question": 5}, "question is 5"), ({"labels": ("no", 1)}, "label word is 1"),
+    ({"labels": ("no", "yes\n#")}, "expected no line break"),
     ({"labels": ("no", "yes", "no")}, "two different words"), ({"labels": ("no", " ")}, "two"),
     ({"format": "xml"}, "format is 'xml', expected one of chatml-bos, chatml, "),
     ({"format": []}, "format is"),

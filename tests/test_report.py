@@ -95,14 +95,15 @@ def in_words(page):
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory, tiny):
-    """eval.py's own results on hostile rows, with a run whose folder and question are hostile."""
+    """eval.py's own results on hostile rows, with a run whose folder is hostile, too."""
     folder = tmp_path_factory.mktemp("hostile")
     rows = [{"id": f"{i} {text}", "text": f"{text} row {i}", "label": i % 2, "group": text}
             for i, text in enumerate(HOSTILE * 3)]
     rows[-1]["id"] = 2**60 + 1  # no number of JavaScript
     data = write_rows(folder / "<img src=x onerror=window.hacked=1>.jsonl", rows)
-    make_run(tiny, folder / "run")
-    ev.main(["--run", str(folder / "run"), "--data", str(data), "--out", str(folder / "out"),
+    run = folder / "<b onmouseover=hacked()>run"
+    make_run(tiny, run)
+    ev.main(["--run", str(run), "--data", str(data), "--out", str(folder / "out"),
              "--draws", "20"])
     return folder / "out" / "report.html", rows
 
@@ -223,7 +224,7 @@ def test_what_to_be_careful_about(tmp_path):
     (folder / "eval.json").write_text(json.dumps(results))
     words = in_words(write_report(folder).read_text())
     for sentence in ("Class 1 has few rows.", "1 of 200 texts were too long", "contains 0.5",
-                     "is not calibrated on validation rows", "Do not take it at its word: around",
+                     "is not calibrated on validation rows", "Do not take it at its word: of the",
                      "the score head, not calibrated; it decides Yes from 0.500 on",
                      "the log of its training is not there"):
         assert sentence in words, sentence
@@ -504,3 +505,21 @@ def test_in_short(tmp_path):
     assert "decides Yes for 24 of 40 rows, 8 of them wrongly" in short
     assert "misses 8 of the 24 rows that are Yes" in short
     assert "16 of its 40 texts do not state what is decided" in short  # every text says yes
+
+
+def test_predictions_of_another_run_are_refused(tmp_path):
+    """Fails if a page shows the numbers of one run and the predictions of another."""
+    folder = simulated(tmp_path / "out")
+    lines = (folder / "predictions.jsonl").read_text().splitlines()
+    records = [json.loads(line) | {"run": "another"} for line in lines]
+    write_rows(folder / "predictions.jsonl", records)
+    with pytest.raises(ValueError, match="another run than eval.json"):
+        write_report(folder)
+
+
+def test_a_score_that_ranks_the_wrong_way_is_named(tmp_path):
+    """Fails if only an interval around chance is a warning."""
+    y = np.arange(60) % 2
+    p = np.where(y == 1, 0.2, 0.8) + np.linspace(-0.1, 0.1, 60)
+    folder = write_evaluation(tmp_path / "out", y, p, ["A text."] * 60, [None] * 60)
+    assert "ranks these rows the wrong way" in write_report(folder).read_text()

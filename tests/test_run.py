@@ -188,3 +188,19 @@ def test_what_is_no_text_is_refused(run, rows, words):
     """Fails if a wrong argument ends in an error about something else."""
     with pytest.raises(ValueError, match=words):
         run.predict(rows, explain=False)
+
+
+def test_a_saturated_probability_has_a_finite_logit(run, monkeypatch):
+    """Fails if a p that is 1 in float64 makes a calibration impossible."""
+    records = [{"raw_probability": p} for p in (0.0, 0.25, 1.0)]
+    monkeypatch.setattr(run, "predict", lambda *args, **options: records)
+    z = run.raw_logits([])
+    assert z[1] == pytest.approx(np.log(1 / 3)) and np.isfinite(z).all() and z[0] == -z[2]
+
+
+def test_an_overflow_is_no_decision(run):
+    """Fails if a logit that is not a number becomes class 0."""
+    with torch.no_grad():
+        run.model.score.weight.fill_(torch.inf)
+    with pytest.raises(ValueError, match="--dtype float32"):
+        run.predict("some text", explain=False)
