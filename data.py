@@ -375,8 +375,9 @@ def print_counts(rows, examples, prompts):
     print_line("explanations", f"{explained}; "
                          f"{len(rows) - explained} rows without one")
     print_line("prompts", spread(prompt_lengths))
-    print_line("answers", f"{spread(answer_lengths)}; "
-                          f"{too_long} over --max-answer {prompts.max_answer}")
+    if answer_lengths:  # none is encoded where only the score head trains
+        print_line("answers", f"{spread(answer_lengths)}; "
+                              f"{too_long} over --max-answer {prompts.max_answer}")
     print_line("cut", f"{len(cuts)} texts lose {sum(cuts)} tokens "
                       f"to --max-prompt {prompts.max_prompt}")
     print_line("groups", f"{len(groups)}; {ungrouped} rows without one")

@@ -152,6 +152,7 @@ def read_config(raw, name="config.json"):
     theta = {"rope_theta": 10000.0, **variants, **raw, **rope}  # the last one wins
     variants["rope_theta"] = number("rope_theta", theta)
     if rope_type == "yarn":  # what is left out is as in the paper
+        expect(variants["rope_theta"] > 1, "rope_theta", variants["rope_theta"], "more than 1")
         attention_factor = 0.1 * math.log(max(number("factor", rope), 1)) + 1
         rope = {"beta_fast": 32, "beta_slow": 1, "attention_factor": attention_factor, **rope}
     rope_scaling = None

@@ -21,9 +21,9 @@ prompt = (
 )
 ```
 
-The tokenizer must {tokens}; one in a text would act as markup. In training a prompt had at \
-most {max_prompt} tokens; the middle of a longer text was cut. An answer ends with one of the \
-token ids {stop_ids}, or after {max_answer} tokens.
+The tokenizer must {tokens}; one in a text or in the question would act as markup. In training a \
+prompt had at most {max_prompt} tokens; the middle of a longer text was cut. An answer ends with \
+one of the token ids {stop_ids}, or after {max_answer} tokens.
 """
 
 EXPLANATION = """

@@ -162,7 +162,7 @@ def test_yarn_makes_room_for_longer_prompts(rope, due):
 @pytest.mark.parametrize("key, value", [
     ("mscale", 1.0), ("mscale_all_dim", 1.0), ("truncate", False), ("partial_rotary_factor", 0.5),
     ("factor", None), ("factor", "4"), ("beta_fast", -1), ("attention_factor", True),
-    ("original_max_position_embeddings", None)])
+    ("original_max_position_embeddings", None), ("rope_theta", 1.0)])
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
 def test_a_part_of_rope_that_is_not_computed_is_refused(name, key, value):
     """Fails if what stands among the numbers of rope is read by nobody, or is no number."""
