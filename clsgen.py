@@ -284,10 +284,6 @@ class Reading:
         self.hidden = self.llama(input_ids, self.cache)  # (B, T, D)
         self.h_P = states_at(self.hidden, prompt_end)  # (B, D), which predicts the next token
 
-    def cache_for(self, n_new):
-        """The part of the cache that holds the prompts and up to n_new tokens after each."""
-        return self.cache[..., : self.n_tokens + n_new, :]
-
     @torch.inference_mode()
     def z(self):
         """The score head's logit of each row, (B,)."""
@@ -341,6 +337,10 @@ class Reading:
             # Each row's own positions: a new key overwrites a pad, and the mask hides later ones
             positions = self.prompt_end[:, None] + 1 + n_written
             last = self.llama(tokens[:, None], self.cache_for(n_written + 1), positions)[:, 0]
+
+    def cache_for(self, n_new):
+        """The part of the cache that holds the prompts and up to n_new tokens after each."""
+        return self.cache[..., : self.n_tokens + n_new, :]
 
 
 def choose_token(logits, temperature=0.0, top_p=1.0, generator=None):

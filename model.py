@@ -189,7 +189,9 @@ class Llama(nn.Module):
 
     def output_rows(self, token_ids):
         """Rows (n, D) in float32, whose products with a hidden state are these tokens' logits."""
-        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        weight = self.embed_tokens.weight
+        if self.lm_head is not None:
+            weight = self.lm_head.weight
         return weight[token_ids].float() / self.config.logits_scaling
 
     def new_cache(self, rows, size):

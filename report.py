@@ -169,8 +169,8 @@ def in_short(evaluation):
         y = run.column("true_label")
         decided = run.column("label")
         n_decided = int(decided.sum())
-        wrong = int((decided > y).sum())
-        missed = int((decided < y).sum())
+        wrong = int(((decided == 1) & (y == 0)).sum())
+        missed = int(((decided == 0) & (y == 1)).sum())
         found.append(f"{run.name} decides {yes} for {n_decided} of {len(y)} rows, {wrong} of them "
                      f"wrongly, and misses {missed} of the {int(y.sum())} rows that are {yes}.")
 

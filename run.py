@@ -96,8 +96,9 @@ def fit(scorer, y, z, base_rate):
             f"the threshold is {fitted.threshold}. More validation rows (--valid) change that")
 
     temperature, bias, sentence = calibrate(y, z)
-    p = calibrated(z, temperature, bias)
-    return Fitted(scorer, temperature, bias, best_f1_threshold(y, p), base_rate), sentence
+    threshold = best_f1_threshold(y, calibrated(z, temperature, bias))
+    fitted = Fitted(scorer, temperature, bias, threshold, base_rate)
+    return fitted, f"{sentence}; threshold {threshold:.3f}"
 
 
 # --- a run ----------------------------------------------------------------------------------------

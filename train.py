@@ -92,7 +92,7 @@ def main(argv=None):
 
     # a new run folder, or one to continue with
     config = configuration(args, prompts, steps, dtype, device, ranks)
-    introduce(args, config, parts, (train_rows, valid_rows), (train, valid), prompts)
+    introduce(args, config, parts, train_rows, train, valid_rows, prompts)
     state = {"config": config, "step": 0, "tokens": 0, "seconds": 0.0}
     kept = {}  # z of the last validation; with --keep-best, z and the weights of the best one
     if args.resume:

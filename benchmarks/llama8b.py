@@ -44,6 +44,9 @@ def main(argv=None):
     add("--out", type=Path, help="the numbers as JSON")
     args = parser.parse_args(argv)
 
+    if args.device != "meta" and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: PyTorch finds no GPU; without the flag the "
+                         "memory is counted on any machine")
     report = {"command": ["benchmarks/llama8b.py", *(argv or sys.argv[1:])], "versions": versions()}
     if args.device != "meta":
         report["gpu"] = torch.cuda.get_device_name(args.device)

@@ -20,7 +20,6 @@ import multiprocessing
 import os
 import platform
 import re
-import resource
 import shlex
 import signal
 import subprocess
@@ -46,7 +45,7 @@ from data import read_rows  # noqa: E402
 from metrics import none_if_undefined, score_metrics  # noqa: E402
 from plumbing.files import read_json, write_atomically, write_json  # noqa: E402
 from plumbing.resume import STATE  # noqa: E402
-from plumbing.script import exit_code, run_main, stop_signals, versions  # noqa: E402
+from plumbing.script import exit_code, peak_bytes, run_main, stop_signals, versions  # noqa: E402
 from plumbing.split import split_valid  # noqa: E402
 from swapped import compare  # noqa: E402
 
@@ -284,7 +283,7 @@ def steps_of(job, args):
     else:
         flags = ["--epochs", SETS[job.data].epochs, "--seed", job.seed]
         flags += (TRAINED | TRIAL)[job.system].split()
-    command = [
+    training = [
         "train.py",
         "--data", train_rows,
         "--valid", valid_rows,
@@ -303,10 +302,10 @@ def steps_of(job, args):
         if (run / STATE).exists():
             return ["train.py", "--resume", run]
         if (run / "log.jsonl").exists():  # killed before it had saved anything
-            return [*command, "--overwrite"]
+            return [*training, "--overwrite"]
 
     steps = [
-        Step("train", command, run / "clsgen.json", resume),
+        Step("train", training, run / "clsgen.json", resume),
         Step("eval", evaluate, folder / "eval" / "eval.json"),
     ]
     if job.system == ZERO_SHOT:
@@ -421,8 +420,7 @@ def do_step(job, step, args):
     try:
         SCRIPTS[script](flags)
     finally:
-        bytes_per_unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit / 1e9
+        peak = peak_bytes() / 1e9
         cost = {
             "command": shlex.join(["python", *map(str, step.command)]),
             "commit": commit(),

@@ -54,6 +54,7 @@ TITLES = {  # system or scorer: its line, in this order
     "lm-only-words": "LM-only, label loss between the label words",
     "clsgen-random": "CLSGen, random head",
     "clsgen-label-words": "CLSGen, from the label words",
+    "clsgen-detached": "CLSGen, detached head",
 }
 OURS = "clsgen-label-words"
 TRAINED = ("cls-only", "lm-only", "lm-only-vocabulary", "lm-only-words", "clsgen-random", OURS)
@@ -87,7 +88,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--results", type=Path, default=Path("benchmarks/results"), help="folder of the JSON files")
-    add("--draws", type=int, default=1000, help="resamples of seeds and rows")
+    add("--draws", type=int, default=1000, help="resamples of rows")
     add("--figures", type=Path, help="folder for SVG pictures (default: none)")
     args = parser.parse_args(argv)
 
@@ -96,7 +97,7 @@ def main(argv=None):
         raise ValueError(f"{args.results} has no result of benchmarks/real.py")
 
     systems = {}  # {data set: {system: its Scores, one a seed}}
-    draws = {}  # {data set: {system: {metric: its values}}}
+    draws = {}  # {data set: what `draw` makes of its systems}
     for data, of_data in results.items():
         systems[data] = scores_of(of_data)
         draws[data] = draw(systems[data], args.draws)
@@ -125,14 +126,15 @@ def draw_overview(name, systems, draws):
     panels = []
     shown = set()
     for data, of_data in systems.items():
+        if OURS not in of_data:
+            continue
         found = {}
         for system, seeds in of_data.items():
             if system != "majority" and name in draws[data][system][0]:
                 measured = measure_all(name, seeds, draws[data][system])
                 found[TITLES[system]] = estimate(*measured)
-        if OURS in of_data:
-            panels.append((DATA_TITLES[data], found))
-            shown.update(found)
+        panels.append((DATA_TITLES[data], found))
+        shown.update(found)
     names = [title for title in TITLES.values() if title in shown]
     return forest(names, panels, asset("report.css"))
 
@@ -375,27 +377,32 @@ def print_calibration(systems):
                     found = [calibration_of(scores, kind) for scores in of_data[system]]
                 except ValueError:  # a cut of p separates the classes: there is no slope
                     continue
-                slope, slope_low, slope_high, intercept, low, high, error, floor, q95, loss = (
-                    np.mean(found, axis=0))
+                mean = {name: np.mean([one[name] for one in found], axis=0) for name in found[0]}
+                error, floor, q95 = mean["ece"]
                 print_line(
                     f"{DATA_TITLES[data]}: {TITLES[system]}",
                     kind,
-                    with_interval(intercept, low, high),
-                    with_interval(slope, slope_low, slope_high),
+                    with_interval(*mean["intercept"]),
+                    with_interval(*mean["slope"]),
                     f"{number(error)} ({number(floor)}, {number(q95)})",
-                    number(loss),
+                    number(mean["log_loss"]),
                 )
 
 
 def calibration_of(scores, kind):
-    """All numbers of one line of that table, of one seed."""
+    """The numbers of one line of that table, of one seed: a value with its limits, for the ECE
+    the mean and the 95 % line of a perfect p.
+    """
     y = scores.y
     p = scores.raw_p if kind == "raw" else scores.p
     slope, intercept = calibration_slope(y, p)
     slope_limits, intercept_limits = calibration_intervals(y, p, scores.groups)
-    floor, q95 = ece_floor(p)
-    return [slope, *slope_limits, intercept, *intercept_limits, ece(y, p), floor, q95,
-            log_loss(y, p)]
+    return {
+        "slope": (slope, *slope_limits),
+        "intercept": (intercept, *intercept_limits),
+        "ece": (ece(y, p), *ece_floor(p)),
+        "log_loss": log_loss(y, p),
+    }
 
 
 def print_rereading(systems):

@@ -138,12 +138,19 @@ def versions():
 
 def peak_memory(device):
     """The most memory that this process had, and that of its GPU, as a phrase."""
-    bytes_per_unit = 1 if sys.platform == "darwin" else 1024
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * bytes_per_unit
+    own = peak_bytes()
     if device.type != "cuda":
         return f"{own / 1e9:.1f} GB of memory"
     on_gpu = torch.cuda.max_memory_allocated(device)
     return f"{own / 1e9:.1f} GB of memory, {on_gpu / 1e9:.1f} GB on the GPU"
+
+
+def peak_bytes():
+    """The most memory that this process had, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":  # macOS counts bytes, Linux units of 1,024 bytes
+        return peak
+    return 1024 * peak
 
 
 def keep_freed_memory():

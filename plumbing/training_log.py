@@ -15,6 +15,7 @@ from metrics import calibrated, interval_warnings, score_metrics
 from plumbing.files import write_atomically
 from plumbing.resume import STATE
 from plumbing.script import peak_memory, printable
+from plumbing.tables import cell
 
 # Measured at each validation, but too much for the screen
 LOGGED_ONLY = ("parsable", "empty", "distinct_2", "rep_4", "reference_nll")
@@ -30,13 +31,11 @@ def begin_run_folder(folder, config):
     write_atomically(folder / "log.jsonl", json.dumps({"config": config}) + "\n")
 
 
-def introduce(args, config, parts, rows, examples, prompts):
+def introduce(args, config, parts, train_rows, train, valid_rows, prompts):
     """The first screen: what a person checks before a long training.
 
-    rows, examples: (training, validation) of each.
+    train: the training rows as examples.
     """
-    train_rows, valid_rows = rows
-    train = examples[0]
     print_counts(train_rows, train, prompts)
     positives = sum(row["label"] for row in valid_rows)
     print_line("validation", f"{len(valid_rows)} rows: {positives} {prompts.word(1)}, "
@@ -71,6 +70,7 @@ class TrainingLog:
         self.bar = tqdm(total=steps, initial=state["step"], desc="train", disable=silent)
         self.start = time.perf_counter() - state["seconds"]
         self.steps = 0  # of this process
+        self.first_step_ended = None  # when
 
     def seconds(self):
         """How long this training has taken so far, before and after it was resumed."""
@@ -136,10 +136,8 @@ def conclude(run, rows, z, sentence, seconds, args):
     measured = score_metrics(y, p, groups=groups)
     for warning in interval_warnings(y, groups):
         print(f"warning: {warning}")
-    print_line("validation", f"AUROC {value(measured, 'auroc')}, log loss "
-                             f"{value(measured, 'log_loss')} on {len(y)} rows")
-    if "threshold" not in sentence:
-        sentence += f"; threshold {run.fitted.threshold:.3f}"
+    print_line("validation", f"AUROC {cell(measured, 'auroc')}, log loss "
+                             f"{cell(measured, 'log_loss')} on {len(y)} rows")
     print_line("fitted there", sentence)
     print_line("cost", f"{seconds / 60:.1f} min, {peak_memory(run.device)}")
     print_line("run folder", printable(str(args.out)))
@@ -150,13 +148,3 @@ def conclude(run, rows, z, sentence, seconds, args):
         test = "TEST.jsonl"  # the user's
     command = shlex.join(["python", "eval.py", "--run", str(args.out), "--data", str(test)])
     print_line("next", printable(command))
-
-
-def value(measured, name):
-    """A metric with its interval."""
-    if measured[name] is None:
-        return "n/a"
-    limits = measured["intervals"].get(name)
-    if limits is None:
-        return f"{measured[name]:.3f}"
-    return f"{measured[name]:.3f} [{limits[0]:.3f}, {limits[1]:.3f}]"

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import write_rows
 
 from data import Example, collate, encode_rows, main, read_rows, show
 from plumbing.near_texts import count_near_texts
@@ -295,6 +296,16 @@ def test_the_command_counts(tiny, rows, rows_file, capsys):
     assert printable("a\x1b[31m\nb\u202e") == "a\\x1b[31m\nb\\u202e"
     example = encode_rows([{"id": 1, "text": "x\x1b[0m", "label": 0}], Prompts(tiny))[0]
     assert "\x1b" not in show(example, Prompts(tiny))
+    assert "explain.py writes some" not in out
+
+
+def test_a_file_of_labels_alone_is_pointed_to_explain(tiny, rows, tmp_path, capsys):
+    """Fails if a user with labels alone is not told how to get explanations."""
+    plain = [{"text": row["text"], "label": row["label"]} for row in rows]
+    main([str(write_rows(tmp_path / "x.jsonl", plain)), "--model", str(tiny)])
+    out = capsys.readouterr().out
+    assert "explain.py writes some" in out and "explanations  0; 40 rows without one" in out
+    assert "answers" not in out
 
 
 def test_leaks(tiny, tmp_path, capsys):

@@ -38,9 +38,11 @@ def test_the_threshold_is_one_of_calibrated_probabilities():
     logit = rng.normal(0, 2, 20000)
     y, z = rng.random(20000) < 1 / (1 + np.exp(-logit)), 3 * (logit - 0.5)
     fitted, sentence = fit("head", y, z, 0.4)
-    assert (fitted.temperature, fitted.bias, sentence) == calibrate(y, z)
+    temperature, bias, calibration = calibrate(y, z)
+    assert (fitted.temperature, fitted.bias) == (temperature, bias)
     p = sigmoid(z / fitted.temperature + fitted.bias)
     assert fitted.threshold == best_f1_threshold(y, p)
+    assert sentence == f"{calibration}; threshold {fitted.threshold:.3f}"
     assert (fitted.scorer, fitted.base_rate) == ("head", 0.4)
 
 
@@ -459,6 +461,15 @@ def test_the_summary_fits_the_screen(capsys):
     assert [line for line in lines if line.startswith("majority")][0].split() == [
         "majority", "0.500"]
     assert not any("raw" in line for line in lines)
+
+    # what speaks against it is said below
+    doubtful = full | {"n_disagree": 4, "n_explained": 50, "ece": 0.2, "ece_floor_q95": 0.1}
+    eval_tables.print_summary({"head": doubtful, "majority": bare})
+    out = capsys.readouterr().out
+    assert "head: 4 of 50 texts do not state the label that is decided" in out
+    assert "the calibration error is 0.200; 95 % of perfect" in out
+    assert "have less than 0.100 on so many rows" in out
+    assert max(map(len, out.splitlines())) <= 100
 
 
 def test_calibrations_are_compared(tmp_path, capsys):

@@ -390,6 +390,9 @@ def test_one_refused_row_does_not_end_the_file(server, tmp_path, capsys):
         assert not refused or "content_filter" in row["explanation_source"]["refusal"]
     screen = capsys.readouterr().out
     assert "refused: 1" in screen and "the last refusal was at row 'r38'" in screen
+    rows = read_rows(whole)
+    unexplained = sum("explanation" not in row for row in rows)
+    assert f"{whole}: {len(rows)} rows, of which {unexplained} are without an explanation" in screen
 
     out = tmp_path / "out"
     server.fault = refuses(9, *range(19, 40))

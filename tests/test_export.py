@@ -102,7 +102,7 @@ def test_the_readme_of_a_merged_folder_gives_its_predictions(rows, run, tmp_path
 def test_hostile_words_stay_words_in_the_readme(rows, run, tmp_path, monkeypatch):
     """Fails if a question, a label word or a folder's name becomes code or a mark of Markdown."""
     run.prompts.question = "Is it ![x](http://e/x.png) <img src=x>?\n```\nimport os"
-    run.prompts.labels = ("no", "yes' + `x`")
+    run.prompts.labels = ("no", "yes\nimport no_such_module\n#")
     base = Path(run.about["base"])
     run.about["base"] = "a`b <i>"
     merge(run, base, tmp_path / "merged")
@@ -116,12 +116,15 @@ def test_hostile_words_stay_words_in_the_readme(rows, run, tmp_path, monkeypatch
     assert 0 < names["probability"] < 1
 
 
-@pytest.mark.parametrize("why", ["words", "read-out"])
+@pytest.mark.parametrize("why", ["words", "read-out", "family"])
 def test_the_readme_offers_no_probability_that_transformers_cannot_compute(
         run, tmp_path, monkeypatch, why):
-    """Fails if an untrained head, or one that reads another token, is offered all the same."""
+    """Fails if an untrained head, one that reads another token, or one of a family that
+    transformers has no classifier for, is offered all the same."""
     if why == "words":
         run.fitted.scorer = "label_token"
+    elif why == "family":
+        monkeypatch.setattr("export.NO_CLASSIFIER", ("llama",))
     else:
         monkeypatch.setattr(CLSGen, "read_out", lambda model, hidden, prompt_end: model.score(
             states_at(hidden, prompt_end - 1).float()).squeeze(-1))

@@ -147,6 +147,17 @@ def test_the_order_of_work():
     assert {job.data for job in jobs[40:60]} == {"comve"}
 
 
+def test_a_job_killed_before_its_first_save_begins_again(folder, tiny):
+    """Fails if the log that such a job has left keeps the same command from continuing."""
+    args = real.parse(flags(folder, tiny))
+    train = real.steps_of(real.Job("notes", "cls-only", 0), args)[0]
+    assert train.resume() is None
+    run = args.work / "notes-cls-only-s0" / "run"
+    run.mkdir(parents=True)
+    (run / "log.jsonl").write_text("")
+    assert train.resume() == [*train.command, "--overwrite"]
+
+
 def test_a_failed_job_does_not_stop_the_others(folder, tiny, monkeypatch, capsys):
     """Fails if one broken system costs the results of the others, or if it goes unsaid."""
     monkeypatch.chdir(ROOT)

@@ -26,7 +26,7 @@ from plumbing.checkpoint import load_llama
 from plumbing.files import write_tensors
 from plumbing.ranks import Ranks
 from plumbing.resume import STATE, compare_configs, digest_of, read_state, restore
-from plumbing.train_arguments import check_arguments, parse
+from plumbing.train_arguments import check_arguments, make_parser, parse
 from prompts import Prompts
 from run import load_run
 from train import epoch_order, main, micro_batches, schedule, validate
@@ -470,6 +470,10 @@ def test_a_blank_question_is_refused(tiny, rows_file, tmp_path):
     """Fails if a training starts that asks nothing."""
     with pytest.raises(ValueError, match="--question is blank"):
         main(arguments(tiny, rows_file, tmp_path / "run", "--question", " "))
+
+    # a training that an earlier version has begun so continues
+    call = arguments(tiny, rows_file, tmp_path / "run", "--question", " ", "--resume", "runs/x")
+    Prompts.from_arguments(make_parser().parse_args(call))
 
 
 def test_a_finished_run_is_not_done_again(tiny, rows_file, trained, tmp_path, capsys):
