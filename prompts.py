@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from plumbing.checkpoint import model_file
 from plumbing.files import read_json
 from plumbing.model_checks import check_frame, check_model, missing_tokens, warn_of_template
-from plumbing.tokenizer_files import encode, load_tokenizers, read_chat, read_eos_ids, start_ids
+from plumbing.tokenizer_files import encode, ids_around, load_tokenizers, read_chat, read_eos_ids
 
 QUESTION = "Is the answer yes for the following text?"
 SYSTEM = "Answer the question, then explain why."
@@ -219,14 +219,17 @@ class Prompts:
         """The prompt as text, for tools that do not have this file.
 
         It is before_text, then the row's text, then after_text. Their tokenizer must add no special
-        tokens, which are there already; only for `plain` it adds its own start token. stop_ids end
-        an answer.
+        tokens, which are there already; only for `plain` it adds its own start token. If it appends
+        tokens too, so many (end_tokens) have to go. stop_ids end an answer.
         """
         before, after = self.frame.prompt.replace("{system}", SYSTEM).split("{user}")
+        is_plain = not self.frame.special_tokens
+        _, end_ids = ids_around(self.tokenizer)
         return {
             "before_text": before + self.question + "\n\n",
             "after_text": after,
-            "add_special_tokens": not self.frame.special_tokens,
+            "add_special_tokens": is_plain,
+            "end_tokens": len(end_ids) if is_plain else 0,
             "stop_ids": self.stop_ids,
         }
 
@@ -246,7 +249,8 @@ class Prompts:
         self.ids_before = self._frame_ids(pieces[:where])
         self.ids_after = self._frame_ids(pieces[where + 1 :])
         if not self.frame.special_tokens:
-            self.ids_before = start_ids(self.tokenizer) + self.ids_before
+            start_ids, _ = ids_around(self.tokenizer)
+            self.ids_before = start_ids + self.ids_before
 
         start, self.text_after = user_piece.split("{user}")
         self.text_before = start + self.question + "\n\n"

@@ -35,11 +35,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")  # this folder
 inputs = tokenizer(prompt, add_special_tokens={add_special_tokens}, return_tensors="pt")
-writer = AutoModelForCausalLM.from_pretrained(".", dtype=torch.float32)
+{without_end}writer = AutoModelForCausalLM.from_pretrained(".", dtype=torch.float32)
 ids = writer.generate(
     **inputs, max_new_tokens={max_answer}, do_sample=False, eos_token_id={stop_ids})
-explanation = tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+explanation = tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 ```
+"""
+
+WITHOUT_END = """\
+# it appends {end_tokens}, but no prompt ends there
+inputs = {{name: ids[:, :-{end_tokens}] for name, ids in inputs.items()}}
 """
 
 PROBABILITY = """
@@ -69,7 +74,12 @@ transformers cannot compute it; `load_run` of CLSGen opens this folder and does.
 def merged_readme(run, has_plain_head):
     """For a merged folder. has_plain_head: z is the head's score of the last prompt token."""
     text = top(run, "Its LoRA adapter is merged into the weights.")
-    text += EXPLANATION.format(max_answer=run.prompts.max_answer, **run.prompts.rendered())
+    rendered = run.prompts.rendered()
+    without_end = ""
+    if rendered["end_tokens"] > 0:
+        without_end = WITHOUT_END.format(**rendered)
+    text += EXPLANATION.format(
+        max_answer=run.prompts.max_answer, without_end=without_end, **rendered)
     if not has_plain_head:
         return text + OTHER_PROBABILITY
     return text + PROBABILITY.format(
@@ -98,6 +108,8 @@ def top(run, what):
     tokens = "add no special tokens"
     if rendered["add_special_tokens"]:
         tokens = "add the special tokens that it adds by default"
+    if rendered["end_tokens"] > 0:
+        tokens += f", but not the last {rendered['end_tokens']}"
     return TOP.format(
         title=as_words(prompts.question),
         base=as_words(run.about["base"]),

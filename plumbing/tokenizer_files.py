@@ -63,18 +63,24 @@ def is_ordinary_word(token, template):
     return is_word and not token["special"] and not looks_like_markup and content not in template
 
 
-def start_ids(tokenizer):
-    """What the tokenizer itself puts before a text: a start token, for most base models none.
+def ids_around(tokenizer):
+    """(the ids that the tokenizer itself puts before a text, those that it puts after it).
 
-    As in transformers, tokenizer.json's post_processor decides, not tokenizer_config.json.
+    For most base models none, for some a start token, an end token for few. As in transformers,
+    tokenizer.json's post_processor decides, not tokenizer_config.json.
     """
+    before = []
+    after = []
+    has_begun = False  # the text
     encoded = tokenizer.encode("a")
-    ids = []
     for token_id, is_added in zip(encoded.ids, encoded.special_tokens_mask, strict=True):
         if not is_added:
-            break
-        ids.append(token_id)
-    return ids
+            has_begun = True
+        elif has_begun:
+            after.append(token_id)
+        else:
+            before.append(token_id)
+    return before, after
 
 
 def encode(tokenizer, text):

@@ -10,10 +10,13 @@ import torch
 from conftest import greedy_without_cache, near, run_script
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from clsgen import CLSGen, states_at
 from export import main, merge, write_adapter
+from prompts import Prompts
 from run import load_run
 
 
@@ -97,6 +100,26 @@ def test_the_readme_of_a_merged_folder_gives_its_predictions(rows, run, tmp_path
         assert ids == prompt + greedy_without_cache(run, row["text"])
     frame = json.loads(Path("clsgen.json").read_text())["prompt_frame"]
     assert names["prompt"] == frame["before_text"] + row["text"] + frame["after_text"]
+
+
+@torch.no_grad()
+def test_the_readme_of_plain_takes_away_an_end_token(rows, run, tmp_path, monkeypatch):
+    """Fails if a tokenizer that appends an end token ends the prompt with it elsewhere."""
+    base = shutil.copytree(run.about["base"], tmp_path / "base")
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    end = run.prompts.stop_ids[0]
+    token = tokenizer.id_to_token(end)
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {token}", special_tokens=[(token, end)])
+    tokenizer.save(str(base / "tokenizer.json"))
+    run.prompts = Prompts(base, format="plain", max_prompt=200, max_answer=12)
+    merge(run, base, tmp_path / "merged")
+    monkeypatch.chdir(tmp_path / "merged")
+    names = {}
+    exec(code_of(Path("README.md"), rows[0]["text"]), names)
+    prompt = run.prompts.prompt(rows[0]["text"])[0]
+    assert names["inputs"]["input_ids"][0].tolist() == prompt and end not in prompt
+    assert "not the last 1;" in Path("README.md").read_text()
 
 
 def test_hostile_words_stay_words_in_the_readme(rows, run, tmp_path, monkeypatch):

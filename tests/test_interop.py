@@ -333,6 +333,7 @@ def test_plain_starts_as_transformers_does(template, add_bos, tmp_path):
     assert rendered["add_special_tokens"]
     due = theirs(rendered["before_text"] + "the day" + rendered["after_text"]).input_ids
     assert prompts.prompt("the day")[0] == [i for i in due if i != 2]
+    assert rendered["end_tokens"] == due.count(2)
 
 
 WORDS = ("sepsisscore", "é9", "<think>", "</tool_call>", "[TOOL]", "{x}", "assistants")
