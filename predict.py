@@ -26,10 +26,10 @@ from run import load_run
 
 def main(argv=None):
     args = parse(argv)
+    ranks = Ranks(args.device)  # one process, or one of several that torchrun has started
     rows = []
     if args.data is not None:
         rows = read_rows(args.data, labels=False)  # before the model loads: a bad file says so now
-    ranks = Ranks(args.device)  # one process, or one of several that torchrun has started
     run = load_run(args.run, args.model, args.dtype, args.device)
     ranks.connect(run.device)
     if args.text is not None:

@@ -140,7 +140,9 @@ def main(argv=None):
                 save_state(args.out, trainable, optimizer, state, kept)
             if stop:
                 log.close()
-                print(f"stopped after step {step}; --resume {args.out} continues", file=sys.stderr)
+                if ranks.rank == 0:
+                    print(f"stopped after step {step}; --resume {args.out} continues",
+                          file=sys.stderr)
                 number = caught[0] if caught else signal.SIGTERM  # another process has caught it
                 sys.exit(128 + number)
 

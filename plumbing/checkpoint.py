@@ -10,7 +10,6 @@ import hashlib
 import math
 import os
 import re
-import sys
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from model import ACTIVATIONS, FAMILIES, STATED, Llama, LlamaConfig
 from plumbing.files import read_json
+from plumbing.script import warn
 
 ROOT = Path(__file__).resolve().parents[1]  # where the scripts are
 DEFAULT_MODEL = str(ROOT / "models" / "smollm2-135m")  # of every script, called from anywhere
@@ -158,6 +158,10 @@ def read_config(raw, name="config.json"):
     rope_scaling = None
     if ROPE_NUMBERS[rope_type]:
         rope_scaling = {key: number(key, rope) for key in ROPE_NUMBERS[rope_type]}
+    if rope_type == "llama3":
+        low = rope_scaling["low_freq_factor"]
+        high = rope_scaling["high_freq_factor"]
+        expect(low < high, "high_freq_factor", high, f"more than low_freq_factor, {low}")
 
     # the window: of all layers or of none. Qwen2 stores one that it does not use
     has_window = family.get("sliding_window") == STATED
@@ -197,7 +201,7 @@ def read_config(raw, name="config.json"):
     known_of_rope = known | {"rope_type", "type", *ROPE_NUMBERS[rope_type]}
     unknown = sorted((raw.keys() - known) | (rope.keys() - known_of_rope))
     if unknown:
-        print(f"warning: {name}: unknown keys: {unknown}", file=sys.stderr)
+        warn(f"{name}: unknown keys: {unknown}")
 
     return LlamaConfig(
         vocab_size=vocab_size,

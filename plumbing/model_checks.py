@@ -2,12 +2,11 @@
 
 import math
 import re
-import sys
 
 from safetensors import safe_open
 
 from plumbing.checkpoint import check_no_adapter, checkpoint_files, positions_of, tensors_in
-from plumbing.script import printable
+from plumbing.script import warn
 
 
 def missing_tokens(frame, tokenizer):
@@ -163,7 +162,7 @@ def warn_of_template(prompts, frames):
         if follows and name != prompts.format and not missing_tokens(frame, prompts.tokenizer):
             advice = f"--format {name} does"
             break
-    print(printable(f"warning: {problem}; {advice}"), file=sys.stderr)
+    warn(f"{problem}; {advice}")
 
 
 def marks(frame):

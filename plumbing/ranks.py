@@ -17,6 +17,8 @@ class Ranks:
         """device: the flag --device. ValueError if the processes cannot have a GPU each."""
         self.rank = int(os.environ.get("RANK", 0))
         self.count = int(os.environ.get("WORLD_SIZE", 1))
+        if self.rank > 0:
+            sys.stdout = open(os.devnull, "w")
         on_gpus = torch.cuda.is_available() and (device is None or device.startswith("cuda"))
         if self.count == 1 or not on_gpus:
             return
@@ -31,7 +33,7 @@ class Ranks:
         torch.cuda.set_device(number)  # what "cuda" means from here on
 
     def connect(self, device):
-        """Meets the other processes, and silences all but rank 0."""
+        """Meets the other processes."""
         if self.count == 1:
             return
         if device.type == "cuda":
@@ -39,8 +41,6 @@ class Ranks:
             dist.init_process_group("nccl", device_id=own)
         else:
             dist.init_process_group("gloo")
-        if self.rank > 0:
-            sys.stdout = open(os.devnull, "w")
 
     def wrap(self, model):
         """The model, its gradients averaged over all ranks in each backward pass."""
@@ -67,7 +67,11 @@ class Ranks:
         if self.count == 1:
             return [value]
         values = [None] * self.count
-        dist.all_gather_object(values, value)
+        try:
+            dist.all_gather_object(values, value)
+        except RuntimeError as error:  # gloo's and NCCL's; the first line says what they saw
+            raise ValueError("another process has ended, see its error "
+                             f"({str(error).splitlines()[0]})") from None
         return values
 
     def share(self, work, units=()):

@@ -74,6 +74,12 @@ def refuse(problems):
         raise ValueError("; ".join(problems))
 
 
+def warn(sentence):
+    """Prints a warning; of several processes that torchrun has started, only the first does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(printable(f"warning: {sentence}"), file=sys.stderr)
+
+
 def printable(text):
     """The text with its control characters escaped, so that a terminal shows it and obeys nothing.
 
@@ -119,7 +125,8 @@ def multiplies_bfloat16(device):
         cpu = torch.cpu.get_capabilities()
         return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     if device.type == "cuda":  # before Ampere it has none, but says that it supports it
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     return True
 
 

@@ -76,6 +76,16 @@ def test_unsupported_config_is_refused_by_name(key):
         read_config({**CONFIG, key: BAD_CONFIGS[key]})
 
 
+@pytest.mark.parametrize("low, high", [(4.0, 4.0), (4.0, 1.0)])
+def test_llama3_waves_need_an_order(low, high):
+    """Fails if the blend between long and short waves divides by zero or runs backwards."""
+    rope = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}
+    read_config({**CONFIG, "rope_scaling": {**rope, "low_freq_factor": 1, "high_freq_factor": 4}})
+    with pytest.raises(ValueError, match=f"high_freq_factor is {high}, expected more than"):
+        read_config(
+            {**CONFIG, "rope_scaling": {**rope, "low_freq_factor": low, "high_freq_factor": high}})
+
+
 STATED_KEYS = {"embedding_multiplier": 2.0, "residual_multiplier": 2.0, "attention_multiplier": 2.0,
                "logits_scaling": 2.0, "no_rope_layers": [1, 0], "sliding_window": None}
 

@@ -1,6 +1,7 @@
 """Several processes: who has which GPU, and that sharing the work changes no result."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ from conftest import ROOT, make, write_rows
 from test_predict import stop_at_the_third
 
 from data import Example
+from plumbing.checkpoint import base_fingerprint
 from plumbing.ranks import Ranks
 from plumbing.train_arguments import parse
 from predict import main as predict
@@ -37,6 +39,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch, device, number, words):
     monkeypatch.setattr("torch.cuda.set_device", chosen.append)
     for name, value in (("RANK", number), ("LOCAL_RANK", number), ("WORLD_SIZE", 8)):
         monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("sys.stdout", sys.stdout)  # which all but the first process lose
     if words:
         with pytest.raises(ValueError, match=words):
             Ranks(device)
@@ -128,3 +131,26 @@ def test_processes_share_the_rows_of_a_prediction(rows, run, tmp_path, monkeypat
         assert theirs["probability"] == pytest.approx(ours["probability"], abs=1e-6)
         assert theirs["explanation"] == ours["explanation"]
     assert [path.name for path in tmp_path.glob("*p.jsonl*")] == ["p.jsonl"]
+
+
+def test_processes_speak_with_one_voice(rows, run, tiny, tmp_path):
+    """Fails if each process gives the same warning, or if one ends in a traceback because another
+    one has refused to continue."""
+    base = shutil.copytree(tiny, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "no_such_key": 1}))
+    path = tmp_path / "run" / "clsgen.json"
+    about = json.loads(path.read_text())
+    about["base_fingerprint"] = base_fingerprint(base)
+    path.write_text(json.dumps(about))
+    data = write_rows(tmp_path / "rows.jsonl", [{**row, "no_such_field": 1} for row in rows])
+    out = tmp_path / "p.jsonl"
+    part = tmp_path / "p.jsonl.part"
+    part.write_text("of another job\n[]\n")
+
+    command = ["--run", tmp_path / "run", "--model", base, "--data", data, "--out", out]
+    done = torchrun(2, "predict.py", *command)
+    assert done.returncode != 0
+    assert done.stderr.count("no_such_key") == 1 and done.stdout.count("no_such_field") == 1
+    assert done.stderr.count("was begun with other arguments") == 1
+    assert "[rank1]: Traceback" not in done.stderr, done.stderr

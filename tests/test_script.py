@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -76,18 +77,34 @@ def test_a_reader_that_has_gone_is_no_error(rows_file, tiny, arguments, code):
 
 # --- dtype and device -----------------------------------------------------------------------------
 def pretend_cuda(monkeypatch, bfloat16):
-    """A GPU that emulates bfloat16 if it has no instructions for it, as PyTorch tells of one."""
+    """Two GPUs, of which the first, "cuda", has instructions for bfloat16 or emulates it, as
+    PyTorch tells of one. The second is of the other kind."""
+    current = [0]
+
+    @contextmanager
+    def device(chosen):
+        current.append(chosen.index or 0)
+        yield
+        current.pop()
+
+    def is_supported(including_emulation=True):
+        has_instructions = bfloat16 if current[-1] == 0 else not bfloat16
+        return including_emulation or has_instructions
+
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.empty", lambda *size, device: None)
-    monkeypatch.setattr("torch.cuda.is_bf16_supported",
-                        lambda including_emulation=True: including_emulation or bfloat16)
+    monkeypatch.setattr("torch.cuda.device", device)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", is_supported)
 
 
 @pytest.mark.parametrize("bfloat16, trains, dtype", [
     (True, True, torch.bfloat16), (True, False, torch.bfloat16),
     (False, True, torch.float32), (False, False, torch.float16)])
 def test_a_gpu_that_only_emulates_bfloat16_does_not_get_it(monkeypatch, bfloat16, trains, dtype):
-    """Fails if emulation counts as support, or if float16 is trained in, whose gradients vanish."""
+    """Fails if emulation counts as support, if float16 is trained in, whose gradients vanish, or
+    if another GPU is asked than the one that is used."""
+    pretend_cuda(monkeypatch, not bfloat16)
+    assert pick_device("auto", "cuda:1", trains)[0] == dtype
     pretend_cuda(monkeypatch, bfloat16)
     assert pick_device("auto", None, trains) == (dtype, torch.device("cuda"))
     assert pick_device("bfloat16", "cuda", trains)[0] == torch.bfloat16, "who asks for it gets it"
