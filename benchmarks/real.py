@@ -268,14 +268,13 @@ def steps_of(job, args):
                    "--test", test_rows, "--out", out]
         return [Step("bags of words", command, out)]
 
-    where = ["--device", args.device, "--dtype", args.dtype]
     micro_batch = []  # the scripts' defaults, which suit a CPU
     batch = []
     if args.device != "cpu":
         micro_batch = ["--micro-batch", SETS[job.data].gpu_rows]
         batch = ["--batch", 64]
 
-    evaluate = ["eval.py", "--run", run, "--data", test_rows, *batch, *where]
+    evaluate = ["eval.py", "--run", run, "--data", test_rows, *batch, "--device", args.device]
     evaluate += ["--out", folder / "eval"]
     if job.system == ZERO_SHOT:
         # eval.py asks the base model with the prompts of a run: one that has trained for one step
@@ -293,7 +292,7 @@ def steps_of(job, args):
         "--model", args.model,
         "--question", SETS[job.data].question,
         "--max-answer", SETS[job.data].max_answer,
-        *where,
+        "--device", args.device,
         *micro_batch,
         *flags,
         "--out", run,
@@ -313,7 +312,7 @@ def steps_of(job, args):
         return steps
 
     # the rows that are not test rows: their numbers alone
-    predictions = ["predict.py", "--run", run, *batch, *where]
+    predictions = ["predict.py", "--run", run, *batch, "--device", args.device]
     for name in ("valid", "unused"):
         rows = rows_path(job.data, name, args)
         out = folder / f"{name}.jsonl"
@@ -640,8 +639,6 @@ def parse(argv=None):
     add("--model", type=Path, default=Path("models/smollm2-135m"), help="folder of the base")
     add("--jobs", type=int, default=2, help="so many at a time, with one thread each")
     add("--device", default="cpu", help="cpu, or cuda with larger batches")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto",
-        help="of the base model; bfloat16 is much faster on some CPUs")
     add("--work", type=Path, default=Path("runs/real"), help="folder of the runs")
     add("--out", type=Path, default=Path("benchmarks/results"), help="folder of the JSON files")
     args = parser.parse_args(argv)
