@@ -1,7 +1,7 @@
 """Causal attention behind one name, `attend`: PyTorch's fused kernels, or by hand where faster.
 
-The fused kernels need no mask for plain causal attention. With a mask, and with heads that share
-keys, PyTorch has no fused kernel on a GPU: it copies the keys out to every head, in float32.
+The fused kernels need no mask for plain causal attention. For a mask together with heads that share
+keys PyTorch has none on a GPU: it then copies the keys for each head, and computes in float32.
 
 Notation: B rows, T queries, S keys; H heads and K key/value heads (H / K heads share one), each of
 size E.
@@ -18,7 +18,7 @@ BLOCK = 256  # queries at a time, in attention by hand
 # (With a sliding window shorter than the prompt there is a mask anyway, and it stays by hand.)
 LONGEST_PROMPT_BY_HAND = 2048
 # With more keys than this, training recomputes the probabilities, which would fill most of memory
-MOST_KEYS_KEPT = 1024
+RECOMPUTED_ABOVE = 1024
 
 
 def attend(q, k, v, mask):
@@ -31,7 +31,7 @@ def attend(q, k, v, mask):
             k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
             v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    if mask.shape[-1] > MOST_KEYS_KEPT:
+    if mask.shape[-1] > RECOMPUTED_ABOVE:
         return recomputed(attend_by_hand, q, k, v, mask)
     return attend_by_hand(q, k, v, mask)
 
@@ -86,22 +86,22 @@ def attend_by_hand(q, k, v, mask):
     outputs = []
     seen = S - T  # keys before the longest row's first query; in shorter rows the mask hides some
     for queries, mask_part in zip(q.split(BLOCK, dim=2), mask.split(BLOCK, dim=2), strict=True):
-        size = queries.shape[2]
-        seen += size
+        n_queries = queries.shape[2]
+        seen += n_queries
         keys = k[:, :seen]
-        rows = queries.reshape(B * K, -1, E)  # (B K, H / K * size, E)
+        stacked = queries.reshape(B * K, -1, E)  # (B K, H / K * n_queries, E)
 
         # For one new token the keys are a slice of the cache. As the right factor they would be
         # copied, so they are the left one
-        if size == 1:
-            scores = (keys @ rows.mT).mT
+        if n_queries == 1:
+            scores = (keys @ stacked.mT).mT
         else:
-            scores = rows @ keys.mT
-        scores = scores.reshape(B, H, size, seen) + mask_part[..., :seen]
+            scores = stacked @ keys.mT
+        scores = scores.reshape(B, H, n_queries, seen) + mask_part[..., :seen]
 
         weights = scores.softmax(-1).view(B * K, -1, seen)
-        output = weights @ v[:, :seen]  # (B K, H / K * size, E)
-        outputs.append(output.view(B, H, size, E))
+        output = weights @ v[:, :seen]  # (B K, H / K * n_queries, E)
+        outputs.append(output.view(B, H, n_queries, E))
     return torch.cat(outputs, dim=2)
 
 

@@ -23,6 +23,14 @@ The baselines are the same loss with one weight at zero. w_lm = 0 is a plain cla
 probability is sigmoid(z) too. w_cls = 0 is plain generative fine-tuning: its head is never trained,
 and its probability is that of the words, p("Yes.") / (p("Yes.") + p("No.")).
 
+What ties the text to the probability: h_P also predicts the first word of the answer, and with the
+default start of the score head (`start_head`) z begins as that word's log-odds of "Yes" and "No".
+Nothing in the loss makes the rest of the explanation agree with p.
+
+From the paper come the two heads, the joint loss, and explanations written by a teacher model
+(explain.py). Which position its head reads, and its loss weights, were not found: these and the
+start of the head are our own choices (docs/choices.md).
+
 Notation: B rows, T tokens, D hidden size, V vocabulary; P prompt tokens and n answer tokens of one
 row; A answer tokens of the whole batch.
 """
@@ -52,7 +60,8 @@ class CLSGen(nn.Module):
 
         hidden (B, T, D); prompt_end (B,), the index of each row's last prompt token. This is the
         only place that makes z: training, prediction and the check of a saved run call it. Another
-        read-out changes this method alone, and `start_head` if it calls for another start.
+        read-out changes this method alone, and `start_head` if it calls for another start. What it
+        needs to learn for that is an attribute of CLSGen, which trains with the score head.
         """
         h_P = states_at(hidden, prompt_end)  # (B, D)
         return self.score(h_P.float()).squeeze(-1)
@@ -79,8 +88,9 @@ class CLSGen(nn.Module):
         same direction from the first step on (as in LM-BFF, arXiv 2012.15723). A start at zero
         would give LoRA no gradient from the BCE in the first step.
 
-        label_ids: the token ids of "No." and of "Yes.". Where both begin with the same tokens, z is
-        their log-odds only roughly.
+        label_ids: the token ids of "No." and of "Yes.". If they begin with the same tokens, the
+        rows are those of the first two that differ. h_P does not predict these, so z is then not
+        the words' log-odds, only a start in a useful direction.
         """
         _, no, yes = first_difference(label_ids)
         no_row, yes_row = self.model.output_rows([no, yes])  # (D,) each
@@ -89,7 +99,8 @@ class CLSGen(nn.Module):
     def start_head_at_random(self):
         """Starts the score head from N(0, 0.02^2), as Hugging Face's classification heads do.
 
-        It then knows nothing of the label words, and its first steps push h_P anywhere.
+        It then knows nothing of the label words, and its first gradients push h_P in a random
+        direction.
         """
         nn.init.normal_(self.score.weight, std=0.02)
 
@@ -102,10 +113,10 @@ class CLSGen(nn.Module):
         for name, parameter in self.named_parameters():
             if ".lora_" in name:
                 part = "lora"
-            elif name.startswith("score."):
-                part = "head"
-            else:
+            elif name.startswith("model."):
                 part = "frozen"
+            else:  # what CLSGen itself has: the score head, and what another read-out needs
+                part = "head"
             parts[part][name] = parameter
         return parts
 
@@ -273,13 +284,14 @@ class Reading:
     def __init__(self, model, input_ids, prompt_end, room):
         """model: a CLSGen. input_ids (B, T) are prompts, padded on the right; prompt_end (B,).
 
-        room: how many tokens may follow a prompt.
+        room: the most tokens that may follow a prompt; the cache has places for them.
         """
         n_rows, self.n_tokens = input_ids.shape
         self.model = model
         self.llama = model.model
         self.prompt_end = prompt_end
-        # This call fills the cache. Later ones give positions, and see the keys up to their own
+        # Without positions, a call reads whole prompts and fills the cache. A later call brings the
+        # tokens that follow, with their positions, and sees the keys up to these
         self.cache = self.llama.new_cache(n_rows, self.n_tokens + room)
         self.hidden = self.llama(input_ids, self.cache)  # (B, T, D)
         self.h_P = states_at(self.hidden, prompt_end)  # (B, D), which predicts the next token
@@ -315,7 +327,7 @@ class Reading:
 
         It ends after max_tokens at the latest. A row that has stopped gets stop_ids[0] from then
         on. choose(logits (B, V)) picks the tokens, by default the likeliest. openings: for each row
-        the token ids that its text has to begin with; empty, the texts begin as they like.
+        the token ids that its text has to begin with; without them the model chooses every token.
         """
         if choose is None:
             choose = choose_token
@@ -332,7 +344,8 @@ class Reading:
             yield tokens
 
             stopped |= torch.isin(tokens, stop_ids)
-            if stopped.all() or n_written + 1 == max_tokens:  # a GPU is waited for here alone
+            # With the likeliest tokens, this is where a GPU is waited for, and nowhere else
+            if stopped.all() or n_written + 1 == max_tokens:
                 return
             # Each row's own positions: a new key overwrites a pad, and the mask hides later ones
             positions = self.prompt_end[:, None] + 1 + n_written
@@ -353,13 +366,14 @@ def choose_token(logits, temperature=0.0, top_p=1.0, generator=None):
         return logits.argmax(-1)
     p = (logits / temperature).softmax(-1)
 
-    # With top_p < 1 few of the V tokens need to be sorted. Those that are less likely than
-    # (1 - top_p) / V sum to less than 1 - top_p: more than top_p comes before them, so all are cut
+    # Only likely tokens are sorted. Those that are less likely than (1 - top_p) / V have less than
+    # 1 - top_p together, so the others have more than top_p, and are enough
     likely = p >= (1 - top_p) / p.shape[-1]
     p, ids = p.topk(int(likely.sum(-1).max()))  # (B, n), the likeliest first
 
-    before = p.cumsum(-1) - p
-    p[before > top_p] = 0  # the token that crosses top_p still counts
+    if top_p < 1:
+        before = p.cumsum(-1) - p
+        p[before >= top_p] = 0  # those before it have top_p already
     drawn = torch.multinomial(p.cpu(), 1, generator=generator)  # on the CPU, as the generator is
     return ids.gather(-1, drawn.to(ids.device)).squeeze(-1)
 

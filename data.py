@@ -46,11 +46,11 @@ class Example:
         return len(self.prompt) + len(self.answer)
 
 
-def encode_rows(rows, prompts, answers=True, refuse=True):
+def encode_rows(rows, prompts, with_answers=True, limit_answers=True):
     """Rows as Examples.
 
-    answers: False leaves all explanations out, as for predictions.
-    refuse: False for looking only, long answers pass.
+    with_answers=False leaves all explanations out, as for predictions. limit_answers=False lets
+    answers pass that are too long to be trained on, which are only looked at.
     ValueError for an answer longer than max_answer, since answers are never cut, and for a row that
     has an explanation but no label, since the label's word opens the answer.
     """
@@ -59,11 +59,11 @@ def encode_rows(rows, prompts, answers=True, refuse=True):
         prompt, tokens_cut = prompts.prompt(row["text"])
 
         answer = []
-        if answers and "explanation" in row:
+        if with_answers and "explanation" in row:
             if row.get("label") is None:
                 raise ValueError(f"row {row['id']!r}: it has an explanation, but no label")
             answer = prompts.answer(row["label"], row["explanation"])
-        if refuse and len(answer) > prompts.max_answer:
+        if limit_answers and len(answer) > prompts.max_answer:
             raise ValueError(f"row {row['id']!r}: the answer takes {len(answer)} tokens, "
                              f"--max-answer is {prompts.max_answer}: give a larger one")
 
@@ -180,7 +180,8 @@ def read_rows(path, labels=True):
             row.setdefault("id", LineNumber(number))
             name = str(row["id"])  # 5 and "5" are the same
             if name in line_of_id:
-                raise ValueError(f"id {row['id']!r} is in line {line_of_id[name]} already")
+                raise ValueError(f"id {row['id']!r} is in line {line_of_id[name]} already (a row "
+                                 "without an id has its line's number)")
             line_of_id[name] = number
             rows.append(row)
             unknown.update(unknown_fields(raw, FIELDS))
@@ -218,12 +219,14 @@ def parse_row(raw, labels):
         row.pop("label", None)
 
     # what there has to be
-    for name in ("text", "label"):
-        if name not in row and (labels or name == "text"):
-            for other in raw:
-                if likely_field(other) == name:
-                    raise ValueError(f"no {name}; is it {other[:60]!r}?")
-            raise ValueError(f"no {name}")
+    required = ["text", "label"] if labels else ["text"]
+    for name in required:
+        if name in row:
+            continue
+        for other in raw:
+            if likely_field(other) == name:
+                raise ValueError(f"no {name}; is it {other[:60]!r}?")
+        raise ValueError(f"no {name}")
 
     # what it has to be
     for name, value in row.items():
@@ -237,8 +240,8 @@ def parse_row(raw, labels):
     if "group" in row:
         row["group"] = group_name(row["group"])
     for name in ("explanation", "group"):
-        if not row.get(name, "").strip():  # blank is as good as nothing
-            row.pop(name, None)
+        if name in row and not row[name].strip():  # blank is as good as nothing
+            del row[name]
     return row
 
 
@@ -420,7 +423,7 @@ def main(argv=None):
     test = read_rows(args.test) if args.test else None
     prompts = Prompts.from_arguments(args)
     check_base(prompts, args.model)
-    examples = encode_rows(rows, prompts, refuse=False)
+    examples = encode_rows(rows, prompts, limit_answers=False)
 
     print_counts(rows, examples, prompts)
     if not any("explanation" in row for row in rows):

@@ -8,7 +8,8 @@ recomputed(f, x) is f(x). In training the backward pass computes it once more, s
 tensors inside f need not be kept until then.
 
 Notation: B rows, T tokens of this call, S keys (those in the cache too), C tokens that a cache has
-room for, D hidden size, V vocabulary; H heads and K key/value heads, each of size E.
+room for, D hidden size, V vocabulary; H heads and K key/value heads, each of size E; c is the
+LlamaConfig.
 """
 
 import math
@@ -154,9 +155,10 @@ class Llama(nn.Module):
         """input_ids (B, T) -> hidden states after the final norm, (B, T, D).
 
         Rows are padded on the right, so that the causal mask alone keeps a token from seeing pads.
-        With a cache of `new_cache`: the first call takes the prompts, later calls take the tokens
-        that follow and their positions (B, T). A later call reads all of the cache that it gets,
-        so it is faster with cache[..., :n, :], the first n places, if no position is n or more.
+        With a cache of `new_cache`, the first call takes the prompts, without positions. Each later
+        call takes tokens that follow, with their positions (B, T), and reads every place of the
+        cache that it is given. To save time, give it only the first n places, cache[..., :n, :];
+        all positions must then be below n.
         """
         x = self.embed_tokens(input_ids) * self.config.embedding_multiplier  # (B, T, D)
         B, T, _ = x.shape
@@ -194,13 +196,13 @@ class Llama(nn.Module):
             weight = self.lm_head.weight
         return weight[token_ids].float() / self.config.logits_scaling
 
-    def new_cache(self, rows, size):
-        """Room for the keys and values of C = `size` tokens a row, (layers, 2, B, K, C, E).
+    def new_cache(self, n_rows, n_tokens):
+        """Room for the keys and values of C = n_tokens tokens a row, (layers, 2, B, K, C, E).
 
         Prompts are padded on the right: a row's first new token overwrites its first pad.
         """
         c = self.config
-        shape = (c.num_hidden_layers, 2, rows, c.num_key_value_heads, size, c.head_dim)
+        shape = (c.num_hidden_layers, 2, n_rows, c.num_key_value_heads, n_tokens, c.head_dim)
         return self.norm.weight.new_zeros(shape)
 
 
@@ -266,7 +268,7 @@ def yarn_rope(frequencies, config):
     scaling = config.rope_scaling
 
     def pair_that_turns(times):
-        """Which pair turns around so often within the original length, as a fraction."""
+        """The index, not rounded, of the pair that turns around so often in the original length."""
         wavelength = scaling["original_max_position_embeddings"] / times
         return len(frequencies) * math.log(wavelength / (2 * math.pi)) / math.log(config.rope_theta)
 
@@ -320,9 +322,9 @@ class LlamaConfig:
     logits_scaling: float = 1.0  # logits are divided by it
 
 
-# What each model_type of config.json changes in the fields above. STATED: config.json has the value
-# under a name of its own, see `read_config` (plumbing/checkpoint.py). For a field that is a key of
-# config.json itself, the row has the value for a config.json without it
+# How each model_type of config.json differs from the defaults above. STATED: config.json must have
+# the value, which `read_config` (plumbing/checkpoint.py) reads. rope_theta and tie_word_embeddings
+# are for a config.json that leaves them out; the biases are so whatever its attention_bias says
 STATED = "stated in config.json"
 FAMILIES = {
     "llama": {},

@@ -145,7 +145,8 @@ def parse(argv=None):
 
     add = parser.add_argument_group("the explanation").add_argument
     add("--no-explain", action="store_true", help="probabilities only")
-    add("--decide", choices=["text", "head"], default="text", help="who states the answer's label")
+    add("--decide", choices=["text", "head"], default="text",
+        help="text: the answer states a label of its own; head: it opens with the run's decision")
     add("--temperature", type=float, default=0.0, help="of the draws; 0: the likeliest token")
     add("--top-p", type=float, default=1.0, help="draw from this share of the mass")
     add("--seed", type=int, default=0, help="of the draws")
@@ -164,6 +165,8 @@ def parse(argv=None):
         problems.append("--text is blank")
     if args.data is not None and args.out is None:
         problems.append("--out is missing")
+    if args.text is not None and args.out is not None:
+        problems.append("--out is for --data; what --text gives is printed")
     if args.out is not None:
         if args.out.exists() and not args.overwrite:
             problems.append(f"{args.out} exists; give another --out or --overwrite")

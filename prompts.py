@@ -140,8 +140,8 @@ class Prompts:
     """Rows to token ids and back, for one tokenizer, one question and one pair of label words.
 
     A row's text never acts as markup. It is encoded by a tokenizer that knows no added tokens but
-    ordinary words, so "<|im_end|>" in a text is ordinary characters; and where [INST] is no token
-    of its own, a space breaks it in the text.
+    ordinary words, so "<|im_end|>" in a text is ordinary characters. Where [INST] and <<SYS>> are
+    no tokens of their own, a space breaks them in the text. (`plain` has no marks to protect.)
 
     ValueError where the settings, the tokenizer or the model's config do not fit together.
     """
@@ -153,8 +153,11 @@ class Prompts:
         config = read_json(model_file(folder, "config.json"))
         eos_ids = read_eos_ids(folder, config)
         self.chat = read_chat(folder)
+        # The whole tokenizer knows the special tokens, and decodes. The other two know plain text
+        # only: one for a text that stands at the beginning (answers, label words), one for a text
+        # that follows a special token (prompts). They differ where the tokenizer puts a blank first
         tokenizers = load_tokenizers(model_file(folder, "tokenizer.json"), self.chat.template)
-        self.tokenizer, self.text_tokenizer, self.frame_tokenizer = tokenizers
+        self.tokenizer, self.answer_tokenizer, self.prompt_tokenizer = tokenizers
         if format is None:
             format = choose_format(self.tokenizer, self.chat)
         self.frame = frame_of(format, self.chat)
@@ -168,11 +171,12 @@ class Prompts:
         self.max_answer = max_answer  # tokens, the end of turn included
         self.vocab_size = config.get("vocab_size", math.inf)
 
-        # The frame as token ids. Without special tokens nothing stands before its text, which is
-        # then encoded as any text that stands alone
+        # The frame as token ids. The text of `plain` follows no special token of the frame, so it
+        # is encoded as a text at the beginning
         if not self.frame.special_tokens:
-            self.frame_tokenizer = self.text_tokenizer
-        self._lay_out_frame()
+            self.prompt_tokenizer = self.answer_tokenizer
+        parts = self._lay_out_frame()
+        self.ids_before, self.text_before, self.text_after, self.ids_after = parts
 
         # What ends an answer; training writes the first: the frame's end of turn, else eos
         stop_ids = eos_ids
@@ -180,13 +184,14 @@ class Prompts:
             end_of_turn = self.tokenizer.token_to_id(self.frame.special_tokens[-1])
             stop_ids = [end_of_turn, *eos_ids]
         self.stop_ids = list(dict.fromkeys(stop_ids))  # each once, in this order
-        self._with_embedding(self.ids_before + self.ids_after + self.stop_ids)
+        self._checked(self.ids_before + self.ids_after + self.stop_ids)
 
-        # "No." and "Yes.": the label-token score is the difference of their log-probabilities
+        # "No." and "Yes.": the label-token score is the difference of their log-probabilities. All
+        # that reads them relies on answers that begin with just these tokens: `answer` checks it
         self.label_ids = []
         for label in range(len(self.labels)):
-            ids = encode(self.text_tokenizer, self.word(label) + ".").ids
-            self.label_ids.append(self._with_embedding(ids))
+            ids = encode(self.answer_tokenizer, self.word(label) + ".").ids
+            self.label_ids.append(self._checked(ids))
 
     @classmethod
     def from_arguments(cls, args):
@@ -195,7 +200,8 @@ class Prompts:
         args has `model`, the folder, and the flags of `add_prompt_arguments`. Warns if the frame is
         another than the folder's chat template has.
         """
-        is_resumed = getattr(args, "resume", None) is not None  # earlier versions began these
+        # a training of an earlier version may have a blank question, and has to continue
+        is_resumed = getattr(args, "resume", None) is not None
         if not args.question.strip() and not is_resumed:
             raise ValueError("--question is blank, expected the question that p answers")
         prompts = cls(args.model, args.question, args.labels, args.format, args.max_prompt,
@@ -218,9 +224,9 @@ class Prompts:
     def rendered(self):
         """The prompt as text, for tools that do not have this file.
 
-        It is before_text, then the row's text, then after_text. Their tokenizer must add no special
-        tokens, which are there already; only for `plain` it adds its own start token. If it appends
-        tokens too, so many (end_tokens) have to go. stop_ids end an answer.
+        It is before_text, then the row's text, then after_text. The special tokens are there
+        already, so a tokenizer must add none; only for `plain` it adds its start token. If it
+        appends tokens there too, the last `end_tokens` ids have to go. stop_ids end an answer.
         """
         before, after = self.frame.prompt.replace("{system}", SYSTEM).split("{user}")
         is_plain = not self.frame.special_tokens
@@ -234,7 +240,7 @@ class Prompts:
         }
 
     def _lay_out_frame(self):
-        """Splits the frame into four parts, around the row's text.
+        """The four parts of the frame around the row's text, in their order.
 
             ids_before | text_before, (the row's text), text_after | ids_after
 
@@ -246,14 +252,15 @@ class Prompts:
         user_piece = next(piece for piece in pieces if "{user}" in piece)
         where = pieces.index(user_piece)
 
-        self.ids_before = self._frame_ids(pieces[:where])
-        self.ids_after = self._frame_ids(pieces[where + 1 :])
+        ids_before = self._frame_ids(pieces[:where])
+        ids_after = self._frame_ids(pieces[where + 1 :])
         if not self.frame.special_tokens:
             start_ids, _ = ids_around(self.tokenizer)
-            self.ids_before = start_ids + self.ids_before
+            ids_before = start_ids + ids_before
 
-        start, self.text_after = user_piece.split("{user}")
-        self.text_before = start + self.question + "\n\n"
+        start, text_after = user_piece.split("{user}")
+        text_before = start + self.question + "\n\n"
+        return ids_before, text_before, text_after, ids_after
 
     def _frame_ids(self, pieces):
         """The token ids of a frame's pieces: special tokens, and plain text between them."""
@@ -262,7 +269,7 @@ class Prompts:
             if piece in self.frame.special_tokens:
                 ids.append(self.tokenizer.token_to_id(piece))
             else:
-                ids += encode(self.frame_tokenizer, piece).ids
+                ids += encode(self.prompt_tokenizer, piece).ids
         return ids
 
     def prompt(self, text):
@@ -273,13 +280,13 @@ class Prompts:
         that did would leak the label. ValueError if nothing of the text would be left.
         """
         if self.frame.inst_is_text:
-            text = re.sub(r"(\[/?)(INST\])", r"\1 \2", text)
+            text = re.sub(r"(\[/?|<</?)(INST\]|SYS>>)", r"\1 \2", text)
 
-        encoded = encode(self.frame_tokenizer, self.text_before + text + self.text_after)
+        encoded = encode(self.prompt_tokenizer, self.text_before + text + self.text_after)
         ids = encoded.ids
         surplus = len(self.ids_before) + len(ids) + len(self.ids_after) - self.max_prompt
         if surplus <= 0:
-            return self._with_embedding(self.ids_before + ids + self.ids_after), 0
+            return self._checked(self.ids_before + ids + self.ids_after), 0
 
         # Too long: the text's own tokens are those whose offsets lie within it
         start = len(self.text_before)
@@ -296,14 +303,19 @@ class Prompts:
         # ... and a gap in their middle makes it as long as it may be
         gap = own[(len(own) - surplus + 1) // 2]
         ids = ids[:gap] + ids[gap + surplus :]
-        return self._with_embedding(self.ids_before + ids + self.ids_after), surplus
+        return self._checked(self.ids_before + ids + self.ids_after), surplus
 
     def answer(self, label, explanation):
         """The token ids of "Yes. Because ..." and the end of turn."""
         text = f"{self.word(label)}. {explanation.strip()}"
-        return self._with_embedding(encode(self.text_tokenizer, text).ids + self.stop_ids[:1])
+        ids = encode(self.answer_tokenizer, text).ids
+        opening = self.label_ids[label]
+        if ids[: len(opening)] != opening:
+            raise ValueError(f"the tokenizer joins {self.word(label)!r} with what follows it in "
+                             f"{text[:60]!r}: choose other --labels")
+        return self._checked(ids + self.stop_ids[:1])
 
-    def _with_embedding(self, ids):
+    def _checked(self, ids):
         """The same token ids. ValueError if the model has no embedding for one of them."""
         highest = max(ids)
         if highest >= self.vocab_size:

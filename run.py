@@ -115,14 +115,16 @@ def as_rows(rows):
     for number, row in enumerate(rows, 1):
         if isinstance(row, str):
             row = {"text": row}
-        if not isinstance(row, dict):
-            raise ValueError(f"row {number} is {row!r}, expected a text or a dict")
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise ValueError(f"row {number} is {row!r}, expected a text, or a dict with one")
         named_rows.append({"id": number, **row})
     return named_rows
 
 
 def batch_starts(n, batch_size, progress):
     """Where each batch of n rows begins, with a progress bar of this name if there is one."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected 1 or more")
     starts = range(0, n, batch_size)
     return tqdm(starts, desc=progress, unit="batch", disable=not progress or not starts)
 
@@ -130,6 +132,7 @@ def batch_starts(n, batch_size, progress):
 class Run:
     """A model and all that a prediction needs: its prompts, and what was fitted.
 
+    name: what its records call it, after load_run the first digits of the SHA-256 of clsgen.json.
     has_lora=False: a merged run or a base model, which has no LoRA that could be switched off.
     """
 
@@ -154,7 +157,7 @@ class Run:
         """
         if decide not in ("text", "head"):
             raise ValueError(f'decide is {decide!r}, expected "text" or "head"')
-        examples = encode_rows(as_rows(rows), self.prompts, answers=False)
+        examples = encode_rows(as_rows(rows), self.prompts, with_answers=False)
 
         # rows of similar length share a batch, so that little is padded
         order = sorted(range(len(examples)), key=lambda i: -len(examples[i]))
@@ -205,7 +208,7 @@ class Run:
             z = reading.z().cpu().double()
         else:  # LM-only training and the base model have no trained head
             z = token_z
-        if not z.isfinite().all():
+        if not (z.isfinite() & token_z.isfinite()).all():
             dtype = dtype_name(self.llama.norm.weight.dtype)
             raise ValueError(f"a logit is not a number: the model's values are too large for "
                              f"{dtype}; --dtype float32 holds them")
@@ -240,11 +243,14 @@ class Run:
 
     # for evaluation
     def raw_logits(self, rows, batch_size=16, progress=None):
-        """(N,) logits of the run's own score, before calibration."""
+        """(N,) logits of the run's own score before calibration, from -36 to 36.
+
+        They are computed from raw_probability, which is 1 in float64 from a logit of 36 on.
+        """
         records = self.predict(rows, explain=False, batch_size=batch_size, progress=progress)
         p = np.array([record["raw_probability"] for record in records])
         smallest = np.finfo(np.float64).eps
-        p = np.clip(p, smallest, 1 - smallest)  # beyond a logit of 36 it is 1
+        p = np.clip(p, smallest, 1 - smallest)
         return np.log(p) - np.log1p(-p)
 
     @torch.inference_mode()
@@ -254,7 +260,7 @@ class Run:
         -log p(token), then KL(run || base model), and the number of tokens. Without a LoRA that
         could be switched off the base model is not known: the KL is NaN.
         """
-        examples = encode_rows(as_rows(rows), self.prompts, refuse=False)
+        examples = encode_rows(as_rows(rows), self.prompts, limit_answers=False)
         explained = [i for i, example in enumerate(examples) if example.answer]
         order = sorted(explained, key=lambda i: -len(examples[i]))
 
@@ -299,7 +305,8 @@ class Run:
 
 
 # --- which read-out this is -----------------------------------------------------------------------
-MADE_UP_TOKENS, MADE_UP_END = 40, 29  # an answer follows the prompt
+MADE_UP_TOKENS = 40
+MADE_UP_END = 29  # where the last prompt token is; the other ten stand for an answer
 
 
 def made_up_states(model):
@@ -354,9 +361,9 @@ def save_run(run, folder, about):
 def load_run(folder, model=None, dtype=None, device=None, pack=True):
     """A run folder, or what export.py made of one, as a Run.
 
-    model: the folder of the base model, if it has moved. dtype: by default the run's, but that of
-    "auto" if the run's is bfloat16 and this machine only emulates it. pack: False to train or to
-    export it, see plumbing/packed.py.
+    model: the folder of the base model, if it has moved. dtype: by default the one that it was
+    trained in. A machine that only emulates bfloat16 opens a bfloat16 run as "auto" does.
+    pack: False to train or to export it, see plumbing/packed.py.
     ValueError when the base's fingerprint or the golden row says that this is another model, and
     for whatever else does not fit.
     """

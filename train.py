@@ -15,7 +15,6 @@ plumbing/training_log.py.
 """
 
 import copy
-import itertools
 import math
 import signal
 import sys
@@ -62,7 +61,7 @@ def main(argv=None):
     if not args.resume:
         check_base(prompts, args.model)
     train_rows, valid_rows = load_rows(args, prompts)
-    train = encode_rows(train_rows, prompts, answers=args.lm_weight > 0)
+    train = encode_rows(train_rows, prompts, with_answers=args.lm_weight > 0)
     valid = encode_rows(valid_rows, prompts)
 
     # the model: a frozen base, LoRA and a score head
@@ -79,16 +78,19 @@ def main(argv=None):
     trainable = parts["lora"] | parts["head"]
     optimizer = make_optimizer(parts, args)
 
-    # which examples each step takes
+    # which examples each step takes: the epochs' orders in one row, so that a step may begin in one
+    # epoch and end in the next. Steps are whole: up to half a step of the last epoch is left out
     labels = [example.label for example in train]
     steps = max(1, round(args.epochs * len(train) / args.batch))
-    epochs = math.ceil(steps * args.batch / len(train))
-    order = np.concatenate([epoch_order(labels, args.seed, epoch) for epoch in range(epochs)])
+    epochs_begun = math.ceil(steps * args.batch / len(train))
+    orders = [epoch_order(labels, args.seed, epoch) for epoch in range(epochs_begun)]
+    order = np.concatenate(orders)
 
     # when to measure, and on what
     valid_every = args.valid_every or math.ceil(len(train) / args.batch)  # by default, an epoch
-    explained_first = sorted(valid_rows, key=lambda row: "explanation" not in row)
-    watched_rows = explained_first[:8]
+    explained = [row for row in valid_rows if "explanation" in row]
+    unexplained = [row for row in valid_rows if "explanation" not in row]
+    watched_rows = (explained + unexplained)[:8]
 
     # a new run folder, or one to continue with
     config = configuration(args, prompts, steps, dtype, device, ranks)
@@ -108,13 +110,13 @@ def main(argv=None):
         for step in range(state["step"] + 1, steps + 1):
             # one optimizer step
             examples = [train[i] for i in order[(step - 1) * args.batch : step * args.batch]]
-            share = schedule(step - 1, steps, args.warmup)  # of the peak learning rates
-            losses = train_step(wrapped, optimizer, examples, share, args, prompts, device, ranks)
+            rate = schedule(step - 1, steps, args.warmup)  # a factor on the peak learning rates
+            losses = train_step(wrapped, optimizer, examples, rate, args, prompts, device, ranks)
             losses = ranks.total(losses, device)
             state["step"] = step
             state["tokens"] += sum(len(example) for example in examples)
             state["seconds"] = log.seconds()
-            log.step(state, losses, share * args.lr)
+            log.step(state, losses, rate * args.lr)
 
             # measure: all ranks see the same numbers
             validates = step % valid_every == 0 or step == steps
@@ -125,9 +127,12 @@ def main(argv=None):
                 measured.update(watch_text(model, prompts, watched_rows, args.micro_batch))
                 log.validation(step, measured)
 
-                # keep the last one, or with --keep-best the best. (That flag is refused where the
-                # head does not train, so there is a BCE.)
-                if not args.keep_best or not kept or measured["bce"] < state["best_bce"]:
+                # keep the last one, or with --keep-best the best: the lowest BCE. (That flag is
+                # refused where the head does not train, so there is one.)
+                is_kept = not args.keep_best or not kept
+                if not is_kept:
+                    is_kept = measured["bce"] < state["best_bce"]
+                if is_kept:
                     state.update({"best_bce": measured["bce"], "best_step": step})
                     kept = {"z": torch.tensor(z)}
                     if args.keep_best:
@@ -158,10 +163,10 @@ def main(argv=None):
 
 
 # --- one step -------------------------------------------------------------------------------------
-def train_step(model, optimizer, examples, share, args, prompts, device, ranks):
+def train_step(model, optimizer, examples, rate, args, prompts, device, ranks):
     """One optimizer step over `examples` -> this rank's part of each loss term, {name: number}.
 
-    The terms are means over the whole step: all micro-batches of all ranks. share: the factor on
+    The terms are means over the whole step: all micro-batches of all ranks. rate: the factor on
     the peak learning rates. ValueError for a loss or a gradient that is not finite, before any
     parameter changes.
     """
@@ -171,9 +176,11 @@ def train_step(model, optimizer, examples, share, args, prompts, device, ranks):
     micros = micro_batches(mine, args.micro_batch)
     for micro in micros:
         batch = collate(micro, device)
-        is_last = micro is micros[-1]
-        with nullcontext() if is_last else ranks.no_sync(model):  # gradients are shared once a step
-            _, terms = forward(model, batch, examples, args, prompts)
+        gradients = ranks.no_sync(model)  # kept on this rank ...
+        if micro is micros[-1]:
+            gradients = nullcontext()  # ... until the last backward pass shares their sum
+        with gradients:
+            _, terms = loss_terms(model, batch, examples, args, prompts)
             loss = total_loss(terms, loss_weights(args))
             if not loss.isfinite():
                 raise ValueError(f"the loss is {loss.item()}; rows: {ids_of(micro)}")
@@ -183,7 +190,7 @@ def train_step(model, optimizer, examples, share, args, prompts, device, ranks):
             losses[name] = losses.get(name, 0.0) + term.item()
 
     for group in optimizer.param_groups:
-        group["lr"] = share * group["peak"]
+        group["lr"] = rate * group["peak"]
         # LoRA and head are clipped separately: the h_P of all rows share a large mean, so the
         # head's gradient is large, and one norm over both would scale LoRA's down
         norm = torch.nn.utils.clip_grad_norm_(group["params"], args.clip)
@@ -195,16 +202,16 @@ def train_step(model, optimizer, examples, share, args, prompts, device, ranks):
     return losses
 
 
-def forward(model, batch, examples, args, prompts):
-    """(z (B,), the loss terms by name) of a batch, each term its part of a mean over `examples`.
+def loss_terms(model, batch, all_examples, args, prompts):
+    """(z (B,), the loss terms by name) of a batch; each term is its part of a mean over all.
 
-    examples: all of the optimizer step or of the validation, of which the batch is a part.
+    all_examples: those of the optimizer step or of the validation that the batch is a part of.
     """
     z, logits = model(batch)
-    n_tokens = count_answer_tokens(examples)
-    terms = joint_loss(z, batch.labels, logits, batch.targets, len(examples), n_tokens)
+    n_tokens = count_answer_tokens(all_examples)
+    terms = joint_loss(z, batch.labels, logits, batch.targets, len(all_examples), n_tokens)
     if args.label_loss:
-        n_answers = sum(bool(example.answer) for example in examples)
+        n_answers = sum(bool(example.answer) for example in all_examples)
         terms["label"] = label_loss(logits, batch, prompts.label_ids, args.label_loss, n_answers)
     return z, terms
 
@@ -281,15 +288,16 @@ def validate(model, examples, args, prompts, device, ranks):
         indices = mine[start : start + args.micro_batch]
         batch = collate([examples[i] for i in indices], device)
         with torch.inference_mode():
-            z, terms = forward(model, batch, examples, args, prompts)
-        batches.append((indices, z.tolist(), {name: terms[name].item() for name in terms}))
+            batch_z, terms = loss_terms(model, batch, examples, args, prompts)
+        batches.append((indices, batch_z.tolist(), {name: terms[name].item() for name in terms}))
 
     measured = {}
     all_z = np.zeros(len(examples))
-    for indices, z, terms in itertools.chain(*ranks.gather(batches)):
-        all_z[indices] = z
-        for name, term in terms.items():
-            measured[name] = measured.get(name, 0.0) + term
+    for batches_of_rank in ranks.gather(batches):
+        for indices, z, terms in batches_of_rank:
+            all_z[indices] = z
+            for name, term in terms.items():
+                measured[name] = measured.get(name, 0.0) + term
 
     if count_answer_tokens(examples) == 0:
         measured["lm"] = None  # nothing was measured
@@ -303,9 +311,10 @@ def watch_text(model, prompts, rows, size):
     At most 64 tokens are written for each. The loss and the KL from the base model are measured on
     the explanation that the row has in the file, all of it.
     """
-    prompts = copy.copy(prompts)
-    prompts.max_answer = min(64, prompts.max_answer)
-    run = Run(model, prompts, Fitted(scorer="label_token"))  # any scorer: only texts are read
+    short = copy.copy(prompts)
+    short.max_answer = min(64, prompts.max_answer)
+    # Only texts are read, so any scorer would do; this one needs no trained head
+    run = Run(model, short, Fitted(scorer="label_token"))
     records = run.predict(rows, batch_size=4 * size)  # a token at a time, more rows fit
     return collapse(records, run.reference_sums(rows, size))
 
@@ -328,7 +337,7 @@ def load_rows(args, prompts):
         print_remarks(args.valid, valid, prompts)
     elif args.split:
         train, valid = split_valid(train, args.valid_fraction, args.seed)
-    else:  # stopped before there was this rule
+    else:  # a training of an earlier version, which split by another rule
         train, valid = split_valid_formerly(args.data, train, args.valid_fraction, args.seed)
     warn_of_shared(train, valid)
 

@@ -106,6 +106,7 @@ def main(argv=None):
     for name in METRICS:
         print_differences(name, systems, draws)
     print_calibration(systems)
+    print_evidence(systems)
     print_rereading(systems)
     for data in systems:
         print_swapped(data, systems[data])
@@ -204,7 +205,11 @@ def run_scores(result):
         p=p,
         raw_p=sigmoid(np.array(rows["z"])),
         sums=np.stack((rows["nll"], rows["tokens"]), axis=1),
-        metrics={**own_metrics(result), "text_flips": result.get("swapped", {}).get("text_flips")},
+        metrics={
+            **own_metrics(result),
+            "agree": agreement(result),
+            "text_flips": result.get("swapped", {}).get("text_flips"),
+        },
         swapped_p=swapped_p,
     )
 
@@ -215,6 +220,19 @@ def own_metrics(result):
         if "parsable" in metrics:
             return metrics
     return {}
+
+
+def agreement(result):
+    """The share of texts that state the run's own decision: p >= its threshold, as calibrated then.
+
+    None for the base model, which has no threshold.
+    """
+    if "threshold" not in result:
+        return None
+    rows = result["test"]
+    decisions = sigmoid(np.array(rows["calibrated_z"])) >= result["threshold"]
+    stated = [None if label is None else bool(label) for label in rows["stated"]]
+    return np.mean([one == two for one, two in zip(decisions.tolist(), stated, strict=True)])
 
 
 # --- seeds and rows together ----------------------------------------------------------------------
@@ -305,7 +323,7 @@ def print_systems(data, systems, draws, results):
     print(f"\n### {DATA_TITLES[data]}\n\n{len(first.y)} test rows; {', '.join(sorted(machines))}; "
           f"commit {', '.join(sorted(commits))}\n")
 
-    print_line("system", "seeds", *METRICS.values(), "states a label", "kappa", "repetition")
+    print_line("system", "seeds", *METRICS.values(), "states a label", "agrees", "repetition")
     print_line(*["---"] * 8)
     for system, seeds in systems.items():
         cells = [TITLES[system], str(len(seeds))]
@@ -314,7 +332,7 @@ def print_systems(data, systems, draws, results):
             if name in draws[system][0]:
                 cell = with_interval(*estimate(*measure_all(name, seeds, draws[system])))
             cells.append(cell)
-        for key in ("parsable", "kappa_matched", "rep_4"):
+        for key in ("parsable", "agree", "rep_4"):
             cells.append(mean_cell([scores.metrics.get(key) for scores in seeds], 2))
         print_line(*cells)
 
@@ -403,6 +421,21 @@ def calibration_of(scores, kind):
         "ece": (ece(y, p), *ece_floor(p)),
         "log_loss": log_loss(y, p),
     }
+
+
+def print_evidence(systems):
+    """Which phrases the texts cite, where rows have `evidence`, and kappa for all."""
+    print("\n### What the texts cite, and kappa at the best threshold\n")
+    print_line("set and system", "recall of the evidence", "precision", "kappa")
+    print_line(*["---"] * 4)
+    for data, of_data in systems.items():
+        for system in TRAINED:
+            cells = []
+            for key in ("evidence_recall", "evidence_precision", "kappa_matched"):
+                seeds = of_data.get(system, [])
+                cells.append(mean_cell([scores.metrics.get(key) for scores in seeds], 2))
+            if any(cells):
+                print_line(f"{DATA_TITLES[data]}: {TITLES[system]}", *cells)
 
 
 def print_rereading(systems):

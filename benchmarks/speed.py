@@ -236,7 +236,7 @@ def real_rows(args, name, count):
         path = args.clinifact
     rows = read_rows(path)[:count]
     prompts = Prompts(args.model, "Is the claim true?", max_answer=NEW_TOKENS)
-    examples = encode_rows(rows, prompts, refuse=False)
+    examples = encode_rows(rows, prompts, limit_answers=False)
     for example in examples:
         if not example.answer:
             example.answer = list(range(1000, 1060))

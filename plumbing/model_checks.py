@@ -30,7 +30,7 @@ def check_model(folder, config, eos_ids, tokenizer, frame, max_prompt, max_answe
                          "and text; expected one of text alone")
 
     # Each token that a text can become needs an embedding. An added token may lack one, as in
-    # transformers, as long as nothing needs it: `Prompts._with_embedding`
+    # transformers, as long as nothing needs it: `Prompts._checked`
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
     needed = [vocabulary[token] for token in vocabulary.keys() - added]

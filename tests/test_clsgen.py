@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from clsgen import (
     TARGETS, CLSGen, add_lora, choose_token, first_difference, joint_loss, label_loss, total_loss)
 from data import Example, collate, encode_rows
+from plumbing.adapter import adapter_tensors
 from plumbing.checkpoint import load_llama
 from prompts import Prompts
 
@@ -114,6 +115,14 @@ def test_what_trains_is_a_partition(fresh):
         assert kind == "frozen" or {p.dtype for p in group.values()} == {torch.float32}
 
 
+def test_what_another_read_out_learns_trains_and_is_saved_with_the_head(fresh):
+    """Fails if a parameter that a fork adds to CLSGen is neither trained nor saved."""
+    fresh.pool = torch.nn.Linear(3, 1)
+    head = fresh.parameters_by_part()["head"]
+    assert list(head) == ["score.weight", "pool.weight", "pool.bias"]
+    assert "base_model.model.pool.bias" in adapter_tensors(fresh)
+
+
 def test_a_step_moves_lora_and_head_and_leaves_the_base(tiny, rows, fresh):
     """Fails if the score head gets no gradient, its start is zero (then A gets none from BCE), or a
     base weight moves."""
@@ -121,7 +130,7 @@ def test_a_step_moves_lora_and_head_and_leaves_the_base(tiny, rows, fresh):
     trained = groups["lora"] | groups["head"]
     before = {name: p.detach().clone() for name, p in fresh.named_parameters()}
     optimizer = torch.optim.Adam(trained.values(), lr=0.01)  # AdamW decays what has no gradient
-    batch = collate(encode_rows(rows[:4], Prompts(tiny), answers=False))  # the score head only
+    batch = collate(encode_rows(rows[:4], Prompts(tiny), with_answers=False))  # the score head only
     for _ in range(2):
         optimizer.zero_grad()
         z, logits = fresh(batch)
@@ -209,7 +218,7 @@ def test_pad_equal_to_eos_or_in_the_text_changes_nothing(tiny):
 @torch.no_grad()
 def test_prediction_and_training_read_the_same_logit(rows, run):
     """Fails if prediction reads another position than training, or skips temperature or bias."""
-    z, _ = run.model(collate(encode_rows(rows[:6], run.prompts, answers=False)))
+    z, _ = run.model(collate(encode_rows(rows[:6], run.prompts, with_answers=False)))
     records = run.predict(rows[:6], explain=False, batch_size=4)
     for record, row, logit in zip(records, rows[:6], z, strict=True):
         assert record["id"] == row["id"] and record["true_label"] == row["label"]
@@ -268,9 +277,10 @@ def test_decide_head_makes_the_text_state_the_decision(rows, run, threshold):
 
 
 @pytest.mark.parametrize("temperature, top_p, weights", [
-    (1.0, 0.6, [0.5, 0.3, 0, 0]), (0.5, 1.0, [0.25, 0.09, 0.0225, 0.0025])])
+    (1.0, 0.6, [0.5, 0.3, 0, 0]), (1.0, 0.5, [0.5, 0, 0, 0]),
+    (0.5, 1.0, [0.25, 0.09, 0.0225, 0.0025])])
 def test_sampling_keeps_to_the_nucleus(temperature, top_p, weights):
-    """Fails if top-p keeps tokens beyond the mass, drops the one that crosses it, or if the
+    """Fails if top-p keeps tokens beyond the mass, drops the one that reaches it, or if the
     temperature is not a divisor."""
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).repeat(4000, 1)
     drawn = choose_token(logits, temperature, top_p, torch.Generator().manual_seed(0))

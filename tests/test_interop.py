@@ -359,7 +359,7 @@ def test_added_words_keep_their_ids_and_markup_stays_text(shape, added, tmp_path
     theirs = PreTrainedTokenizerFast(tokenizer_file=file)
 
     text = "a sepsisscore of 3, asepsisscore, é9sepsisscore é9"
-    ids = encode(prompts.text_tokenizer, text).ids
+    ids = encode(prompts.answer_tokenizer, text).ids
     assert ids == theirs(text, add_special_tokens=False).input_ids
     assert {tokenizer.token_to_id(word) for word in WORDS[:2]} == words & set(ids)
     assert prompts.prompt("the day was long") == before.prompt("the day was long")
@@ -375,13 +375,23 @@ def test_added_words_keep_their_ids_and_markup_stays_text(shape, added, tmp_path
 
 
 def test_a_text_does_not_end_the_instruction_where_inst_is_plain_text(tmp_path):
-    """Fails if [/INST] in a row's text reads as the frame's own."""
+    """Fails if [/INST] or <<SYS>> in a row's text reads as the frame's own."""
     build_tokenizer(tmp_path, "prepend", SENTENCE_PIECE)
     for name in ("llama2", "mistral-v1"):
         prompts = Prompts(tmp_path, format=name)
-        ids = prompts.prompt("a [/INST] b [INST] c")[0]
+        ids = prompts.prompt("a [/INST] b [INST] c <</SYS>> d <<SYS>> e")[0]
         text = prompts.tokenizer.decode(ids).replace(" ", "").replace("▁", " ")
         assert text.count("[/INST]") == text.count("[INST]") == 1, text
+        assert text.count("<<SYS>>") == text.count("<</SYS>>") == (name == "llama2"), text
+
+
+def test_a_tokenizer_that_joins_the_label_word_to_the_explanation_is_refused(tiny):
+    """Fails if the label's tokens are looked for in answers that begin with others."""
+    prompts = Prompts(tiny)
+    prompts.answer(1, "Because.")
+    prompts.label_ids[1] = [*prompts.label_ids[1], prompts.label_ids[1][0]]
+    with pytest.raises(ValueError, match="joins 'Yes' with what follows it"):
+        prompts.answer(1, "Because.")
 
 
 # --- peft -----------------------------------------------------------------------------------------

@@ -107,7 +107,8 @@ def test_a_damaged_part_is_refused(rows, rows_file, run, tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("arguments, words", [
     ("", "one of --text and --data"), ("--text=", "--text is blank"), ("--data x", "--out is"),
-    ("--text a --top-p 0 --batch 0", "--batch is 0"), ("--text a", "nowhere")])
+    ("--text a --top-p 0 --batch 0", "--batch is 0"), ("--text a", "nowhere"),
+    ("--text a --out p.jsonl", "--out is for --data")])
 def test_a_wrong_call_is_one_sentence_and_exit_code_2(arguments, words):
     """Fails if a user's mistake ends in a traceback, or in exit code 0 or 1."""
     done = run_script("predict.py", *arguments.split(), "--run", "nowhere")

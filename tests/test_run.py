@@ -183,11 +183,19 @@ def test_half_a_surrogate_pair_is_refused(run):
 
 
 @pytest.mark.parametrize("rows, words", [
-    (5, "rows is 5"), (["a", 5], "row 2 is 5"), (None, "rows is None")])
+    (5, "rows is 5"), (["a", 5], "row 2 is 5"), (None, "rows is None"),
+    ([{"id": 1}], "row 1 is {'id': 1}"), ({"text": 5}, "row 1 is {'text': 5}")])
 def test_what_is_no_text_is_refused(run, rows, words):
     """Fails if a wrong argument ends in an error about something else."""
     with pytest.raises(ValueError, match=words):
         run.predict(rows, explain=False)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_has_rows(run, size):
+    """Fails if a senseless size ends in an error about something else, or in empty records."""
+    with pytest.raises(ValueError, match=f"batch_size is {size}"):
+        run.predict(["a"], explain=False, batch_size=size)
 
 
 def test_a_saturated_probability_has_a_finite_logit(run, monkeypatch):
