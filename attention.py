@@ -13,6 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+# On Hopper and Blackwell GPUs PyTorch prefers cuDNN's attention, which makes a plan for every new
+# length, and of which wrong numbers are reported (github.com/pytorch/pytorch, issues 193893 and
+# 196678). Without it, flash attention is taken
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 BLOCK = 256  # queries at a time, in attention by hand
 # A longer prompt takes PyTorch's attention, which needs no mask; by hand there is one of T x T.
 # (With a sliding window shorter than the prompt there is a mask anyway, and it stays by hand.)

@@ -197,11 +197,15 @@ def load_zero_shot(args):
     It has neither calibration nor threshold.
     """
     first = load_run(args.run[0], args.model, args.dtype, args.device)
-    llama = load_llama(args.model, first.llama.norm.weight.dtype, first.device)
-    model = CLSGen(pack(llama)).eval()
+    dtype = first.llama.norm.weight.dtype
+    device = first.device
     prompts = Prompts(args.model, **first.prompts.settings())
     check_base(prompts, args.model)
     fitted = Fitted(scorer="label_token", base_rate=first.fitted.base_rate)
+    del first  # a GPU may have room for one model only
+
+    llama = load_llama(args.model, dtype, device)
+    model = CLSGen(pack(llama)).eval()
     run = Run(model, prompts, fitted, name=ZERO_SHOT, has_lora=False)
     run.about = {"base_fingerprint": base_fingerprint(args.model)}
     return run

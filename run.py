@@ -268,20 +268,16 @@ class Run:
         for start in batch_starts(len(order), batch_size, progress):
             indices = np.array(order[start : start + batch_size])
             batch = collate([examples[i] for i in indices], self.device)
-            _, logits = self.model(batch)
-            log_p = logits.float().log_softmax(-1)  # (A, V)
-            nll = -log_p.gather(-1, batch.targets[:, None])[:, 0]  # (A,)
-
-            kl = torch.full_like(nll, torch.nan)
+            _, logits = self.model(batch)  # (A, V)
+            base_logits = None
             if self.has_lora:
                 with base_model(self.model):
-                    _, logits = self.model(batch)
-                base_log_p = logits.float().log_softmax(-1)
-                kl = (log_p.exp() * (log_p - base_log_p)).sum(-1)
+                    _, base_logits = self.model(batch)
 
-            values = torch.stack((nll, kl, torch.ones_like(nll)), dim=1).cpu().numpy()
+            values = nll_and_kl(logits, base_logits, batch.targets)  # (A, 2)
             row_of_token = indices[batch.answer_rows.cpu().numpy()]  # (A,)
-            np.add.at(sums, row_of_token, values)
+            np.add.at(sums[:, :2], row_of_token, values)
+            np.add.at(sums[:, 2], row_of_token, 1)
         return sums
 
     # what identifies a run
@@ -302,6 +298,25 @@ class Run:
             "dtype": dtype_name(self.llama.norm.weight.dtype),
             "read_out": read_out_mark(self.model),
         }
+
+
+def nll_and_kl(logits, base_logits, targets):
+    """-log p(target) and KL(p || p of the base model) of each token in nats, as an array (A, 2).
+
+    logits (A, V) and targets (A,). Without base_logits (None) the KL is NaN. Some tokens are taken
+    at a time, since in float32 all of them would need several gigabytes with a large vocabulary.
+    """
+    values = []
+    for start in range(0, len(targets), 256):
+        some = slice(start, start + 256)
+        log_p = logits[some].float().log_softmax(-1)  # (up to 256, V)
+        nll = -log_p.gather(-1, targets[some, None])[:, 0]
+        kl = torch.full_like(nll, torch.nan)
+        if base_logits is not None:
+            base_log_p = base_logits[some].float().log_softmax(-1)
+            kl = (log_p.exp() * (log_p - base_log_p)).sum(-1)
+        values.append(torch.stack((nll, kl), dim=1))
+    return torch.cat(values).cpu().numpy()
 
 
 # --- which read-out this is -----------------------------------------------------------------------

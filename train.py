@@ -98,7 +98,7 @@ def main(argv=None):
     state = {"config": config, "step": 0, "tokens": 0, "seconds": 0.0}
     kept = {}  # z of the last validation; with --keep-best, z and the weights of the best one
     if args.resume:
-        state, kept = restore(args.out, trainable, optimizer, config)
+        state, kept = restore(args.out, trainable, optimizer, config, writes=ranks.rank == 0)
         check_read_out(state.get("read_out"), model)  # ValueError if it reads something else now
         print(f"continues after step {state['step']} of {steps}")
     elif ranks.rank == 0:
@@ -112,7 +112,6 @@ def main(argv=None):
             examples = [train[i] for i in order[(step - 1) * args.batch : step * args.batch]]
             rate = schedule(step - 1, steps, args.warmup)  # a factor on the peak learning rates
             losses = train_step(wrapped, optimizer, examples, rate, args, prompts, device, ranks)
-            losses = ranks.total(losses, device)
             state["step"] = step
             state["tokens"] += sum(len(example) for example in examples)
             state["seconds"] = log.seconds()
@@ -145,6 +144,8 @@ def main(argv=None):
                 save_state(args.out, trainable, optimizer, state, kept)
             if stop:
                 log.close()
+                del wrapped
+                ranks.leave()
                 if ranks.rank == 0:
                     print(f"stopped after step {step}; --resume {args.out} continues",
                           file=sys.stderr)
@@ -164,14 +165,14 @@ def main(argv=None):
 
 # --- one step -------------------------------------------------------------------------------------
 def train_step(model, optimizer, examples, rate, args, prompts, device, ranks):
-    """One optimizer step over `examples` -> this rank's part of each loss term, {name: number}.
+    """One optimizer step over `examples` -> the loss terms, {name: number}.
 
-    The terms are means over the whole step: all micro-batches of all ranks. rate: the factor on
-    the peak learning rates. ValueError for a loss or a gradient that is not finite, before any
-    parameter changes.
+    They are means over the whole step: all micro-batches of all ranks. rate: the factor on the peak
+    learning rates. ValueError for a loss or a gradient that is not finite, before any parameter
+    changes.
     """
     losses = {}
-
+    broken = []  # rows of micro-batches whose loss is not finite
     mine = examples[ranks.rank :: ranks.count]
     micros = micro_batches(mine, args.micro_batch)
     for micro in micros:
@@ -183,11 +184,17 @@ def train_step(model, optimizer, examples, rate, args, prompts, device, ranks):
             _, terms = loss_terms(model, batch, examples, args, prompts)
             loss = total_loss(terms, loss_weights(args))
             if not loss.isfinite():
-                raise ValueError(f"the loss is {loss.item()}; rows: {ids_of(micro)}")
+                broken += ids_of(micro)
             # Each rank's loss is its part of a sum, but DistributedDataParallel takes the mean
             (ranks.count * loss).backward()
         for name, term in terms.items():
             losses[name] = losses.get(name, 0.0) + term.item()
+
+    # all ranks see the same numbers, so that they stop together
+    losses = ranks.total(losses, device)
+    rows = [row for rows_of_rank in ranks.gather(broken) for row in rows_of_rank]
+    if rows:
+        raise ValueError(f"the loss is not finite; rows: {rows}")
 
     for group in optimizer.param_groups:
         group["lr"] = rate * group["peak"]

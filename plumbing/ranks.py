@@ -4,10 +4,14 @@ import gc
 import os
 import sys
 from contextlib import nullcontext
+from datetime import timedelta
 
 import torch
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+
+
+A_DAY = timedelta(days=1)
 
 
 class Ranks:
@@ -26,6 +30,9 @@ class Ranks:
         if device not in (None, "cuda"):
             raise ValueError(f"--device {device}: all processes of torchrun would use this GPU; "
                              "without the flag each takes its own")
+        if "LOCAL_RANK" not in os.environ:
+            raise ValueError("RANK and WORLD_SIZE are set, but not LOCAL_RANK: start several "
+                             "processes with torchrun")
         number = int(os.environ["LOCAL_RANK"])  # of the process on this machine
         gpus = torch.cuda.device_count()
         if number >= gpus:
@@ -33,14 +40,18 @@ class Ranks:
         torch.cuda.set_device(number)  # what "cuda" means from here on
 
     def connect(self, device):
-        """Meets the other processes."""
+        """Meets the other processes.
+
+        A process may wait for another one as long as it takes, which can be hours where each has
+        many rows to explain. If one ends, torchrun ends the others.
+        """
         if self.count == 1:
             return
         if device.type == "cuda":
             own = torch.device("cuda", torch.cuda.current_device())  # NCCL asks for its number
-            dist.init_process_group("nccl", device_id=own)
+            dist.init_process_group("nccl", device_id=own, timeout=A_DAY)
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", timeout=A_DAY)
 
     def wrap(self, model):
         """The model, its gradients averaged over all ranks in each backward pass."""

@@ -69,9 +69,10 @@ def name_hashes_by_role(config):
             del config[key]
 
 
-def restore(folder, trained, optimizer, config):
+def restore(folder, trained, optimizer, config, writes=True):
     """Puts the saved tensors back -> (state, best), and cuts log.jsonl back to the saved step.
 
+    writes: False where another process does the latter.
     ValueError when flags, data, base model or number of ranks are not what they were. Where data
     and base model lie is not compared.
     """
@@ -95,7 +96,8 @@ def restore(folder, trained, optimizer, config):
                 kept_lines.append(line)
     except (KeyError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise ValueError(f"{folder}: {STATE} or log.jsonl does not fit: {error!r}") from None
-    write_atomically(folder / "log.jsonl", b"".join(kept_lines))
+    if writes:
+        write_atomically(folder / "log.jsonl", b"".join(kept_lines))
 
     best = {}
     for name, tensor in tensors.items():

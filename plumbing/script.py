@@ -45,6 +45,11 @@ def exit_code(main, when_stopped):
     except (ValueError, OSError) as error:
         print("error:", printable(str(error)), file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:
+        what = str(error).splitlines()[0]
+        print(f"error: {what} Less memory is needed with a smaller --micro-batch or "
+              "--checkpointing in training, and with a smaller --batch elsewhere", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(when_stopped, file=sys.stderr)
         return 130
@@ -106,6 +111,7 @@ def pick_device(dtype, device, trains=False):
     try:
         device = torch.device(device)
         torch.empty(1, device=device)
+        torch.set_float32_matmul_precision("highest")  # some GPU images have TF32 instead
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device}: {str(error).splitlines()[0]}") from None
 
@@ -176,7 +182,7 @@ def keep_freed_memory():
 def stop_signals():
     """A list that the first Ctrl-C or SIGTERM is added to, so that work can finish cleanly.
 
-    The second one acts at once.
+    The second one acts at once, but not in a process of torchrun.
     """
     caught = []
     handlers_before = {}
@@ -186,7 +192,9 @@ def stop_signals():
         with suppress(OSError):
             os.write(2, b"\nstopping after this step; the next Ctrl-C stops at once\n")
         caught.append(number)
-        signal.signal(number, handlers_before[number])
+        # torchrun passes a signal on that this process may have got already. It ends it in time
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            signal.signal(number, handlers_before[number])
 
     for number in (signal.SIGINT, signal.SIGTERM):
         handlers_before[number] = signal.signal(number, note)

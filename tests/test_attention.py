@@ -23,3 +23,8 @@ def test_attention_by_hand_is_pytorchs(size, known):
     for one, other in zip(*(torch.autograd.grad((x * weight).sum(), (q, k, v))
                             for x in (found, due)), strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_cudnns_attention_is_off():
+    """Fails if a Hopper or Blackwell GPU takes the kernel that wrong numbers are reported of."""
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -3,7 +3,9 @@
 All of it skips where PyTorch finds no GPU.
 """
 
+import signal
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -45,13 +47,21 @@ def test_predictions_equal_those_of_a_cpu(tmp_path, changes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_without_a_mask_is_fused(dtype):
-    """Fails if plain causal attention falls back to PyTorch's math kernel, which writes T x T."""
-    q = torch.randn(2, 6, 300, 64, device="cuda", dtype=dtype)
-    k, v = torch.randn(2, 2, 2, 300, 64, device="cuda", dtype=dtype)
+    """Fails if plain causal attention falls back to PyTorch's math kernel, which writes T x T, or
+    takes cuDNN's."""
+    q = torch.randn(2, 6, 300, 64, device="cuda", dtype=dtype, requires_grad=True)
+    k = torch.randn(2, 2, 300, 64, device="cuda", dtype=dtype, requires_grad=True)
+    v = torch.randn(2, 2, 300, 64, device="cuda", dtype=dtype, requires_grad=True)
     with profile(activities=[ProfilerActivity.CPU]) as found:
         y = attend(q, k, v, None)
-    names = {event.name for event in found.events()}
-    assert not any("_attention_math" in name for name in names), names
+        y.float().square().sum().backward()
+    names = " ".join(event.name for event in found.events())
+    kernel = "efficient"
+    if dtype == torch.bfloat16 and torch.cuda.get_device_capability() >= (8, 0):
+        kernel = "flash"
+    assert f"_{kernel}_attention" in names and f"_{kernel}_attention_backward" in names, names
+    assert "_attention_math" not in names and "cudnn_attention" not in names, names
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
 
     mask = torch.full((300, 300), -torch.inf).triu(1).cuda()[None, None]
     expected = attend(q.float(), k.float(), v.float(), mask)
@@ -74,12 +84,23 @@ def test_a_token_waits_for_the_gpu_once(tmp_path):
     assert len(waits) <= 12, [str(one.message) for one in waits]  # 10 tokens and the set-up
 
 
-def test_train_resume_predict_and_eval(tiny, rows_file, tmp_path):
+@contextmanager
+def stopped_at_once():
+    """In place of stop_signals: a Ctrl-C has come already."""
+    yield [signal.SIGINT]
+
+
+@pytest.mark.parametrize("more", ["", " --checkpointing --dtype bfloat16"])
+def test_train_resume_predict_and_eval(tiny, rows_file, tmp_path, monkeypatch, more):
     """Fails if a script leaves a tensor on the wrong device, or if a run of the GPU is refused."""
     out = tmp_path / "run"
     flags = f"--data {rows_file} --model {tiny} --out {out} --epochs 6 --batch 8 --rank 4"
-    flags += " --valid-fraction 0.3 --lr 0.02 --max-answer 40"
-    train.main(flags.split())
+    flags += " --valid-fraction 0.3 --lr 0.02 --max-answer 40" + more
+    with monkeypatch.context() as patch:
+        patch.setattr("train.stop_signals", stopped_at_once)
+        with pytest.raises(SystemExit):
+            train.main(flags.split())
+    train.main(["--resume", str(out)])
     predict.main(f"--run {out} --data {rows_file} --out {tmp_path / 'p.jsonl'}".split())
     evaluation.main(f"--run {out} --model {tiny} --data {rows_file} --draws 20".split())
     assert load_run(out).device.type == "cuda"

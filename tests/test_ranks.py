@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from datetime import timedelta
 
 import pytest
 import torch
@@ -50,9 +51,20 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch, device, number, words):
     Ranks(device)
 
 
+def test_ranks_without_torchrun_are_one_sentence(monkeypatch):
+    """Fails if a cluster that sets RANK and WORLD_SIZE alone ends in a KeyError."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(ValueError, match="start several processes with torchrun"):
+        Ranks(None)
+
+
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_nccl_is_told_the_gpu(monkeypatch, device):
-    """Fails if NCCL has to guess which GPU a process uses, or gloo is given one."""
+    """Fails if NCCL has to guess which GPU a process uses, or gloo is given one; if a process that
+    waits for another one's long chunk gives up after NCCL's ten minutes."""
     calls = []
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
@@ -60,6 +72,7 @@ def test_nccl_is_told_the_gpu(monkeypatch, device):
                         lambda *backend, **others: calls.append((backend, others)))
     monkeypatch.setenv("WORLD_SIZE", "8")
     Ranks(None).connect(torch.device(device))
+    assert calls[0][1].pop("timeout") == timedelta(days=1)
     gpu = {"device_id": torch.device("cuda:3")}
     assert calls == [(("nccl",), gpu) if device == "cuda" else (("gloo",), {})]
 
@@ -154,3 +167,23 @@ def test_processes_speak_with_one_voice(rows, run, tiny, tmp_path):
     assert done.stderr.count("no_such_key") == 1 and done.stdout.count("no_such_field") == 1
     assert done.stderr.count("was begun with other arguments") == 1
     assert "[rank1]: Traceback" not in done.stderr, done.stderr
+
+
+def test_a_loss_that_is_not_finite_on_one_process_is_the_error_of_all(tiny, rows_file, tmp_path):
+    """Fails if one process stops alone: the others would wait for its gradients, or end in a
+    traceback."""
+    script = tmp_path / "broken.py"
+    script.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+from plumbing.script import run_main
+factor = float("nan") if os.environ["RANK"] == "1" else 1.0
+joint_loss = train.joint_loss
+train.joint_loss = lambda z, *others: joint_loss(factor * z, *others)
+run_main(train.main)
+""")
+    done = torchrun(2, script, "--data", rows_file, "--model", tiny, "--out", tmp_path / "new",
+                    "--valid-fraction", 0.3, "--rank", 2, "--device", "cpu")
+    assert "]: Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("error: the loss is not finite; rows: ['r") == 2, done.stderr

@@ -18,7 +18,7 @@ import explain
 import export
 import predict
 import train
-from plumbing.script import Help, pick_device
+from plumbing.script import Help, exit_code, pick_device
 from run import load_run
 
 
@@ -108,6 +108,27 @@ def test_a_gpu_that_only_emulates_bfloat16_does_not_get_it(monkeypatch, bfloat16
     pretend_cuda(monkeypatch, bfloat16)
     assert pick_device("auto", None, trains) == (dtype, torch.device("cuda"))
     assert pick_device("bfloat16", "cuda", trains)[0] == torch.bfloat16, "who asks for it gets it"
+
+
+def test_float32_products_are_float32(monkeypatch):
+    """Fails if a setting of the machine makes them TF32, of ten bits: a run's golden row would not
+    be that of another machine."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    pick_device("auto", "cpu")
+    assert torch.get_float32_matmul_precision() == "highest"
+    torch.set_float32_matmul_precision(before)
+
+
+def test_too_little_memory_of_a_gpu_is_one_sentence(capsys):
+    """Fails if a user who can help it gets a traceback."""
+    def fill_memory():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
+
+    assert exit_code(fill_memory, "") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: CUDA out of memory. Tried to allocate 2 GiB. Less memory is")
+    assert error.count("\n") == 1 and "--micro-batch" in error
 
 
 @pytest.mark.parametrize("able", ["avx512_bf16", "amx_bf16", None])
