@@ -432,7 +432,7 @@ def calibrate(y, z):
     z (N,) are raw logits of validation rows, and y (N,) their labels (Platt 1999). The fit is drawn
     towards "no change" by Gaussian priors on 1 / temperature, around 1, and on the bias, around 0:
     without them it is worse than no calibration on fewer than a hundred rows or so, and on several
-    hundred the priors hardly matter (docs/results.md has the measurements).
+    hundred the priors hardly matter (docs/metrics.md has the measurements).
 
     The sentence tells the user the result, or that the score ranks these rows the wrong way: then
     temperature and bias are (1, 0). ValueError if a class is missing.
