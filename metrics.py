@@ -778,6 +778,24 @@ def per_token(y, sums):
     return float(total / tokens)
 
 
+def text_intervals(metrics, has_text, groups, draws, seed):
+    """{name: (low, high)} of `bootstrap`, from the rows that have a reference text alone.
+
+    The other rows say nothing about a loss of texts, and neither do the labels: all rows count as
+    of one class. has_text (N,): which rows have one. metrics, groups, draws, seed: as there.
+    """
+    rows = np.flatnonzero(has_text)
+    of_rows = {}
+    for name, (metric, values) in metrics.items():
+        of_rows[name] = (metric, np.asarray(values)[rows])
+    if groups is not None:
+        groups = [groups[row] for row in rows]
+
+    no_classes = np.zeros(len(rows))
+    intervals, _ = bootstrap(of_rows, no_classes, groups, draws, seed)
+    return intervals
+
+
 # The metrics with an interval that have bounds, for `interval`
 SHARES = (auroc, average_precision, f1_score, accuracy)  # from 0 to 1
 LOSSES = (log_loss, brier, per_token)  # from 0 on
@@ -805,24 +823,30 @@ def score_metrics(y, p, decisions=None, *, groups=None, draws=1000, seed=0, true
         "accuracy": (accuracy, at_half),
         "f1": (f1_score, decisions),
         "log_loss": (log_loss, p),
-        "reference_nll": (per_token, sums),
     }
     if decisions is None:  # p has no threshold
         del resampled["f1"]
-    if sums is None:  # there is no reference text, or this is not the run's own score
-        del resampled["reference_nll"]
+
+    # The same for the reference texts; there are none if this is not the run's own score
+    resampled_texts = {}
+    if sums is not None:
+        resampled_texts["reference_nll"] = (per_token, sums)
 
     # ... and how far each is from the first scorer's, on the same resamples
     if first is not None:
-        for name, others in first.items():
-            if name in resampled and others is not None:
-                metric, values = resampled[name]
-                resampled[name + "_difference"] = difference(metric, values, others)
+        for table in (resampled, resampled_texts):
+            for name, others in first.items():
+                if name in table and others is not None:
+                    metric, values = table[name]
+                    table[name + "_difference"] = difference(metric, values, others)
 
     result = {}
-    for name, (metric, values) in resampled.items():
+    for name, (metric, values) in (resampled | resampled_texts).items():
         result[name] = metric(y, values)
     intervals, result["redrawn"] = bootstrap(resampled, y, groups, draws, seed)
+    if resampled_texts:
+        has_text = np.asarray(sums)[:, 1] > 0
+        intervals.update(text_intervals(resampled_texts, has_text, groups, draws, seed))
     result["intervals"] = intervals
 
     # Two perfect rankings are equal on all resamples, but each may be less than perfect elsewhere

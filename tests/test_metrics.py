@@ -357,6 +357,37 @@ def test_differences_are_paired():
     assert "auroc_difference" in lacks and "reference_nll_difference" not in lacks
 
 
+def test_the_reference_loss_is_known_as_well_as_its_rows():
+    """Fails if rows without a text count for the interval of the texts' loss: one text would have
+    an interval without width, and a few texts one that is too narrow; or if labels count."""
+    rng = np.random.default_rng(0)
+    y = np.arange(200) % 2
+    p = mt.sigmoid(rng.normal(size=200) + y)
+    losses = rng.normal(40, 10, 200)
+    groups = [f"g{i // 2}" for i in range(200)]
+
+    def intervals(texts, y=y):
+        sums = np.stack((losses, np.full(200, 20)), axis=1)
+        sums[texts:] = 0
+        shifted = sums + sums[:, 1:] * [1, 0]
+        found = mt.score_metrics(y, p, groups=groups, draws=300, sums=sums,
+                                 first={"auroc": p, "reference_nll": shifted})
+        assert found["reference_nll_difference"] == pytest.approx(-1)
+        return found["intervals"]
+
+    for texts in (1, 2):  # of one group
+        found = intervals(texts)
+        assert found["reference_nll"] is found["reference_nll_difference"] is None
+        assert found["auroc"] is not None
+    means = losses[:12].reshape(6, 2).mean(1) / 20  # of six groups
+    half = stats.t.ppf(0.975, 5) * means.std() / np.sqrt(6)
+    low, high = intervals(12)["reference_nll"]
+    assert (high - low) / 2 == pytest.approx(half, rel=0.15)
+    assert intervals(12)["reference_nll_difference"] == pytest.approx((-1, -1))
+    rare = np.arange(200) < 3  # three positive rows do not make the texts three
+    assert intervals(200, rare)["reference_nll"] == intervals(200)["reference_nll"]
+
+
 def test_repetition_by_hand():
     """Fails if distinct-2 is a mean over texts, if rep-4 pools them, or if case parts words."""
     # bigrams: a b, b a, a b | A B -> 2 different of 4; no text has a 4-gram twice
