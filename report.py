@@ -26,7 +26,7 @@ from plumbing.files import sha256_of, write_atomically
 from plumbing.markup import escaped, joined, json_text, tag
 from plumbing.remarks import count_shared
 from plumbing.report_data import data_for_page
-from plumbing.report_files import read_evaluation, read_rows
+from plumbing.report_files import read_evaluation, rows_by_id
 from plumbing.resume import name_hashes_by_role
 from plumbing.script import Help, run_main
 from plumbing.tables import cell
@@ -305,7 +305,7 @@ def seen_before(run, evaluation):
             sentences.append(f"{run.name}: its {use} file {path} is not there as it was, so it is "
                              f"not known whether test rows are in it.")
             continue
-        shared = count_shared(read_rows(path).values(), tested)
+        shared = count_shared(rows_by_id(path).values(), tested)
         for what in ("text", "group"):
             if shared[what]:
                 sentences.append(f"{run.name}: {shared[what]} of {len(tested)} test rows share "

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data import parse_object, parse_row
 from plumbing.files import read_json, sha256_of
 
 
@@ -104,16 +105,15 @@ def read_texts(data):
     if sha256_of(path) != data["sha256"]:
         return {}, (f"The data file {path} has changed since the evaluation (it has another "
                     f"SHA-256), so this page has no texts of rows.")
-    return read_rows(path), None
+    return rows_by_id(path), None
 
 
-def read_rows(path):
-    """{id as a string: row} of a JSON Lines file that has been read, and so checked, before."""
+def rows_by_id(path):
+    """{id as a string: row} of a JSON Lines file that `data.read_rows` has taken before."""
     rows = {}
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     for number, line in enumerate(content.split(b"\n"), 1):
         if line.strip():
-            raw = json.loads(line)
-            row = {name: value for name, value in raw.items() if value is not None}
+            row = parse_row(parse_object(line), labels=False)
             rows[str(row.get("id", number))] = row
     return rows

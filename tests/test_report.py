@@ -245,6 +245,33 @@ def test_what_to_be_careful_about(tmp_path):
     assert "Label loss" not in write_report(folder).read_text()
 
 
+def test_groups_are_compared_as_training_reads_them(tmp_path):
+    """Fails if blank groups pass for one that training and test share, or if 17 is not 17.0."""
+    folder = simulated(tmp_path / "out")
+    results = json.loads((folder / "eval.json").read_text())
+    [about] = results["runs"].values()
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "clsgen.json").write_text("{}")
+    about.update({"folder": str(run), "fingerprint": sha256_of(run / "clsgen.json")[:12]})
+
+    def careful_about(tested, trained):
+        rows = [{"id": f"r{i}", "text": f"row {i}", "label": i % 2, "group": group}
+                for i, group in enumerate([tested] * 200)]
+        data = write_rows(folder / "rows.jsonl", rows)
+        results["data"]["sha256"] = sha256_of(data)
+        (folder / "eval.json").write_text(json.dumps(results))
+        train = write_rows(tmp_path / "train.jsonl",
+                           [{"text": f"other {i}", "label": i, "group": trained} for i in (0, 1)])
+        config = {"data": str(train), "data_sha256": sha256_of(train)}
+        write_rows(run / "log.jsonl", [{"config": config}])
+        return in_words(write_report(folder).read_text())
+
+    assert "share their group" not in careful_about(" ", " ")
+    shared = "200 of 200 test rows share their group with a training row"
+    assert shared in careful_about(17, 17.0) and shared in careful_about("17", 17)
+
+
 def test_several_runs_are_told_apart(tmp_path):
     """Fails if a run loses its name in a title, or if colour alone tells two lines apart."""
     page, data = read(write_report(simulated(tmp_path / "out", names=("runs/a", "runs/b"))))
