@@ -262,6 +262,9 @@ def ece_floor(p, bins=15, draws=1000, seed=0):
     """(mean, 95th percentile) of the ECE that a perfectly calibrated p has on as many rows.
 
     Labels are drawn from p itself, `draws` times (consistency resampling, Broecker and Smith 2007).
+    Each row is drawn by itself: groups are ignored. Where the labels of a group are more alike than
+    their p says, the ECE of a perfect p is above the 95th percentile in more than 5 % of files, as
+    in 19 % of simulated ones with groups of eight strongly related labels.
     """
     no_labels = np.zeros(len(p))
     _, p = checked(no_labels, p)

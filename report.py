@@ -262,8 +262,12 @@ def warnings(evaluation):
             found.append(f"{run.name}: the interval of AUROC contains 0.5. These rows do not show "
                          f"that it ranks better than chance.")
         if metrics["ece"] > metrics["ece_floor_q95"]:
-            found.append(f"{run.name}: its calibration error is above what 95 % of perfect "
-                         f"probabilities have on as many rows. {worst_probability(run)}")
+            doubt = (f"{run.name}: its calibration error is above what 95 % of perfect "
+                     f"probabilities have on as many rows. {worst_probability(run)}")
+            if results["groups"] < results["n"]:
+                doubt += (" This takes rows as independent: where the rows of a group are alike, "
+                          "more than 5 % of perfect probabilities are above that line.")
+            found.append(doubt)
         found += seen_before(run, evaluation)
 
     if evaluation.no_texts:

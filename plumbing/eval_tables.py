@@ -70,7 +70,7 @@ def print_report(report, args):
         print(f"the true p of the rows has AUROC {report['bayes_auroc']:.3f}: the ceiling")
     for sentence in report["warnings"]:
         print(f"warning: {sentence}")
-    print_summary(report["metrics"])
+    print_summary(report["metrics"], has_groups=report["groups"] < report["n"])
     if args.tables:
         print_tables(report["metrics"])
 
@@ -80,8 +80,11 @@ def print_report(report, args):
         print("--tables prints all numbers")
 
 
-def print_summary(columns):
-    """Prints the main numbers of each scorer after calibration, in at most 100 columns."""
+def print_summary(columns, has_groups=False):
+    """Prints the main numbers of each scorer after calibration, in at most 100 columns.
+
+    has_groups: whether some rows share a group.
+    """
     lines = [
         ["", "AUROC", "log", "slope and", "calibration", "kappa", "text"],
         ["", "", "loss", "intercept", "error (floor)", "", "loss"],
@@ -109,10 +112,10 @@ def print_summary(columns):
     print(f"\n{aligned(lines)}\n")
     print(LEGEND)
     for name, metrics in columns.items():
-        print_doubts(name, metrics)
+        print_doubts(name, metrics, has_groups)
 
 
-def print_doubts(name, metrics):
+def print_doubts(name, metrics, has_groups):
     """Prints what speaks against taking a run's own score or its texts at their word."""
     if "n_disagree" not in metrics:  # this is not a run's own score
         return
@@ -123,6 +126,9 @@ def print_doubts(name, metrics):
         print(f"warning: {name}: the calibration error is {metrics['ece']:.3f}; 95 % of perfect "
               f"probabilities\nhave less than {metrics['ece_floor_q95']:.3f} on so many rows: do "
               "not take p at its word")
+        if has_groups:
+            print("(This takes rows as independent. Where the rows of a group are alike, more than "
+                  "5 % of perfect\nprobabilities are above that line.)")
 
 
 def short(metrics, name, digits=3):

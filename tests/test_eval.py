@@ -469,6 +469,11 @@ def test_the_summary_fits_the_screen(capsys):
     assert "head: 4 of 50 texts do not state the label that is decided" in out
     assert "the calibration error is 0.200; 95 % of perfect" in out
     assert "have less than 0.100 on so many rows" in out
+    assert "independent" not in out
+    assert max(map(len, out.splitlines())) <= 100
+    eval_tables.print_summary({"head": doubtful}, has_groups=True)
+    out = capsys.readouterr().out
+    assert "This takes rows as independent" in out
     assert max(map(len, out.splitlines())) <= 100
 
 

@@ -228,6 +228,11 @@ def test_what_to_be_careful_about(tmp_path):
                      "the score head, not calibrated; it decides Yes from 0.500 on",
                      "the log of its training is not there"):
         assert sentence in words, sentence
+    assert "takes rows as independent" not in words
+
+    results["groups"] = 100
+    (folder / "eval.json").write_text(json.dumps(results))
+    assert "takes rows as independent" in in_words(write_report(folder).read_text())
 
     data = folder / "rows.jsonl"  # trained on the test file
     config = {"data": str(data), "data_sha256": sha256_of(data), "valid": "gone"}
@@ -256,8 +261,8 @@ def test_groups_are_compared_as_training_reads_them(tmp_path):
     about.update({"folder": str(run), "fingerprint": sha256_of(run / "clsgen.json")[:12]})
 
     def careful_about(tested, trained):
-        rows = [{"id": f"r{i}", "text": f"row {i}", "label": i % 2, "group": group}
-                for i, group in enumerate([tested] * 200)]
+        rows = [{"id": f"r{i}", "text": f"row {i}", "label": i % 2, "group": tested}
+                for i in range(200)]
         data = write_rows(folder / "rows.jsonl", rows)
         results["data"]["sha256"] = sha256_of(data)
         (folder / "eval.json").write_text(json.dumps(results))
