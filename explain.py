@@ -30,7 +30,7 @@ from plumbing.near_texts import UNSPACED, shingles
 from plumbing.remarks import warn_of_default_question
 from plumbing.script import Help, refuse, run_main
 from plumbing.teachers import LocalTeacher, ServerTeacher, key_of
-from prompts import SYSTEM, add_prompt_arguments, stated_label
+from prompts import SYSTEM, add_prompt_arguments, check_settings, stated_label
 from text_metrics import repetition
 
 INSTRUCTION = (  # what a teacher reads below a row's text; the question stands above the text
@@ -456,8 +456,17 @@ def check_arguments(args):
         problems.append(f"--temperature is {args.temperature}, expected 0 or more")
     if not 0 < args.top_p <= 1:
         problems.append(f"--top-p is {args.top_p}, expected a number above 0 and up to 1")
-    if len({word.strip().lower() for word in args.labels} - {""}) < 2:
-        problems.append("--labels must be two different words")
+    low, high = args.words
+    if low > high:
+        problems.append(f"--words is {low} {high}, expected the lower number first")
+
+    # what a prompt is made of; a server gets it, too
+    if not args.question.strip():
+        problems.append("--question is blank, expected the question that p answers")
+    try:
+        check_settings(args.question, args.labels, args.format, args.max_prompt, args.max_answer)
+    except ValueError as error:
+        problems.append(str(error))
 
     if args.out.exists():
         problems.append(f"{args.out} exists; give another --out")

@@ -501,7 +501,8 @@ def test_a_stopped_run_goes_on_where_it_was(server, tmp_path, signal, code):
 
 
 def test_foreign_output_and_impossible_flags_are_refused(server, tmp_path):
-    """Fails if explain writes into a file that it did not begin, or a flag shows a key."""
+    """Fails if explain writes into a file that it did not begin, if a flag shows a key, or if a
+    server is asked with settings that no prompt can be made with."""
     content = server.file.read_bytes()
     with pytest.raises(ValueError, match="labels.jsonl exists; give another --out"):
         server.explain(server.file)
@@ -512,8 +513,14 @@ def test_foreign_output_and_impossible_flags_are_refused(server, tmp_path):
         with pytest.raises(ValueError, match=flag) as error:
             server.explain(tmp_path / "x", flag, value, *["9"] * (flag == "--words"))
         assert "sk-x" not in str(error.value)
-    with pytest.raises(ValueError, match="--labels must be two"):
-        server.explain(tmp_path / "x", "--labels", " ", "yes")
+    for flags, reason in ((["--labels", " ", "yes"], "expected two different words"),
+                          (["--labels", "a\nb", "yes"], "no line break"),
+                          (["--question", " "], "--question is blank"),
+                          (["--max-prompt", "0"], "max-prompt is 0"),
+                          (["--max-answer", "-5"], "max-answer is -5"),
+                          (["--words", "80", "5"], "--words is 80 5")):
+        with pytest.raises(ValueError, match=reason):
+            server.explain(tmp_path / "x", *flags)
     assert not server.seen
 
 
