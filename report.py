@@ -21,6 +21,7 @@ from string import Template
 
 import numpy as np
 
+from metrics import equal_mass_bins
 from plumbing.drawings import distribution, interval, reliability, risk, roc, sample, training
 from plumbing.files import sha256_of, write_atomically
 from plumbing.markup import escaped, joined, json_text, tag
@@ -282,8 +283,16 @@ def worst_probability(run):
     """In which tenth of the rows p is farthest from the share of class 1, as a sentence."""
     y = run.column("true_label")
     p = run.column("probability")
-    tenths = np.array_split(np.argsort(p), 10)
-    worst = max(tenths, key=lambda rows: abs(p[rows].mean() - y[rows].mean()))
+    bin_of_row = equal_mass_bins(p, 10)  # rows with the same p share one, so some may be empty
+
+    worst = None
+    largest_gap = -1.0
+    for number in np.unique(bin_of_row):
+        rows = np.flatnonzero(bin_of_row == number)
+        gap = abs(p[rows].mean() - y[rows].mean())
+        if gap > largest_gap:
+            worst = rows
+            largest_gap = gap
     return (f"Do not take it at its word: of the {len(worst)} rows around {p[worst].mean():.2f}, "
             f"the share of {run.words()[1]} is {y[worst].mean():.2f}.")
 

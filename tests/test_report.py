@@ -250,6 +250,19 @@ def test_what_to_be_careful_about(tmp_path):
     assert "Label loss" not in write_report(folder).read_text()
 
 
+@pytest.mark.parametrize("rows", [4, 40])
+def test_where_p_is_wrong_does_not_depend_on_the_order_of_rows(tmp_path, rows):
+    """Fails if rows with the same p are parted, so that a share is that of the first of them, or if
+    a page of fewer rows than bins is not written."""
+    y = np.repeat([0, 1], rows // 2)
+    folder = write_evaluation(tmp_path / "out", y, np.full(rows, 0.5), ["a"] * rows, [None] * rows)
+    results = json.loads((folder / "eval.json").read_text())
+    results["metrics"]["head"]["ece_floor_q95"] = -1.0
+    (folder / "eval.json").write_text(json.dumps(results))
+    words = in_words(write_report(folder).read_text())
+    assert f"of the {rows} rows around 0.50, the share of Yes is 0.50" in words
+
+
 def test_groups_are_compared_as_training_reads_them(tmp_path):
     """Fails if blank groups pass for one that training and test share, or if 17 is not 17.0."""
     folder = simulated(tmp_path / "out")
