@@ -293,11 +293,12 @@ def test_an_interval_by_hand(metric, value, error, pairs, low, high):
 
 
 def test_what_rows_say_about_a_ranking():
-    """Fails if rows of one group count more than once, or if a group is used for two pairs."""
+    """Fails if rows of one group count more than once, if a group is used for two pairs, or if a
+    term of t is missing, which counts where pairs are few."""
     for y, number, pairs in (([1, 0, 0, 0], range(4), 1), ([1, 1, 1, 0], [0, 0, 1, 2], 1),
                              ([1, 0] * 3, [0, 0, 1, 1, 2, 2], 1), ([0] * 4, range(4), 3)):
         assert mt.independent_pairs(np.array(y), np.array(number)) == pairs
-    for degrees, tolerance in ((2, 0.04), (3, 0.01), (10, 1e-4), (1000, 1e-5)):
+    for degrees, tolerance in ((1, 0.12), (2, 0.008), (3, 0.002), (10, 1e-5), (1000, 1e-5)):
         assert mt.student_t(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=tolerance)
 
 
