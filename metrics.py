@@ -619,14 +619,10 @@ def bootstrap(metrics, y, groups, draws, seed):
 def interval(metric, value, error, pairs):
     """(low, high), the 95 % interval of a metric's value with a standard error; None if unknown.
 
-        scale(value) -+ t scale'(value) error
-
-    The scale has no bounds: it is the logit for SHARES, such as AUROC, the log for LOSSES, and the
-    value itself for all others, such as differences. So the interval stays within the bounds of the
-    metric, and reaches farther on the side that has room.
-    t is the quantile of Student's distribution with `pairs` degrees of freedom, from
-    `independent_pairs`. On small files, and near a bound, this covers the true value far more often
-    than percentiles of the resamples do (benchmarks/coverage.py).
+    They are `limits` with a reach of t standard errors, where t is the quantile of Student's
+    distribution with `pairs` degrees of freedom, from `independent_pairs`. On small files, and near
+    a bound, this covers the true value far more often than percentiles of the resamples do
+    (benchmarks/coverage.py).
 
     A share of exactly 0 or 1 has no error among resamples, but the rows are not the world: if a
     true AUROC is a, then this many independent pairs are all in order with a chance of a^pairs. The
@@ -636,16 +632,28 @@ def interval(metric, value, error, pairs):
         return None
 
     # Without an error among resamples
-    limit = 0.025 ** (1 / pairs)
+    lowest = 0.025 ** (1 / pairs)
     if metric in SHARES and value == 1:
-        return limit, 1.0
+        return lowest, 1.0
     if metric in SHARES and value == 0:
-        return 0.0, 1 - limit
-    if error == 0:  # as of p = .5 everywhere
+        return 0.0, 1 - lowest
+
+    return limits(metric, value, student_t(pairs) * float(error))
+
+
+def limits(metric, value, reach):
+    """(low, high): how far `reach` leads from a metric's value, on a scale that has no bounds.
+
+        scale(limit) = scale(value) -+ scale'(value) reach
+
+    The scale is the logit for SHARES, such as AUROC, the log for LOSSES, and the value itself for
+    all others, such as differences. So the limits stay within the bounds of the metric, and reach
+    farther on the side that has room.
+    """
+    if reach == 0:  # as of p = .5 everywhere; a value on a bound has no scale
         return value, value
 
-    # With one: scale', the slope of the scale at value, carries it over
-    reach = student_t(pairs) * float(error)
+    # scale', the slope of the scale at value, carries the reach over
     if metric in SHARES:
         center = np.log(value) - np.log1p(-value)
         reach = reach / (value * (1 - value))
@@ -870,9 +878,9 @@ def score_metrics(y, p, decisions=None, *, groups=None, draws=1000, seed=0, true
     fitted = none_if_undefined(calibration_slope, y, p)
     if fitted is not None:
         slope, intercept = fitted
-        limits = none_if_undefined(calibration_intervals, y, p, groups)
-        if limits is not None:
-            intervals["slope"], intervals["intercept"] = limits
+        of_both = none_if_undefined(calibration_intervals, y, p, groups)
+        if of_both is not None:
+            intervals["slope"], intervals["intercept"] = of_both
 
     true_p_error = None
     if true_p is not None:

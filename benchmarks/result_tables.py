@@ -7,7 +7,9 @@ A value is the mean over the seeds. Its 95 % interval takes test rows and seeds 
 variance over rows comes from 1,000 resamples of whole groups, the same for every system, and the
 variance over seeds from the seeds' own values on all rows. The limits are t standard errors away,
 with Satterthwaite's degrees of freedom (1946): three seeds whose values differ much have about two,
-and so a wide interval. Where there is one seed, the interval is that of rows alone.
+and so a wide interval. They are taken on the metric's own scale (metrics.limits), so that no AUROC
+is above 1; those of a difference are symmetric. Where there is one seed, the interval is that of
+rows alone.
 
 A difference of two systems is taken for each seed that both have, and on the same rows. It counts
 from MARGINS on, which were written down before anything was run with several seeds. If its interval
@@ -29,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from metrics import (  # noqa: E402
     auroc, calibrate, calibrated, calibration_intervals, calibration_slope, curves, ece, ece_floor,
-    group_numbers, log_loss, per_token, sigmoid, student_t)
+    group_numbers, limits, log_loss, per_token, sigmoid, student_t)
 from plumbing.drawings import forest, reliability, side_by_side  # noqa: E402
 from plumbing.files import read_json, write_atomically  # noqa: E402
 from plumbing.script import run_main  # noqa: E402
@@ -59,6 +61,7 @@ TITLES = {  # system or scorer: its line, in this order
 OURS = "clsgen-label-words"
 TRAINED = ("cls-only", "lm-only", "lm-only-vocabulary", "lm-only-words", "clsgen-random", OURS)
 METRICS = {"auroc": "AUROC", "log_loss": "log loss", "text_nll": "reference loss"}
+FUNCTIONS = {"auroc": auroc, "log_loss": log_loss, "text_nll": per_token}
 MARGINS = {"auroc": 0.02, "log_loss": 0.03, "text_nll": 0.05}  # the last is a share
 
 
@@ -133,7 +136,7 @@ def draw_overview(name, systems, draws):
         for system, seeds in of_data.items():
             if system != "majority" and name in draws[data][system][0]:
                 measured = measure_all(name, seeds, draws[data][system])
-                found[TITLES[system]] = estimate(*measured)
+                found[TITLES[system]] = estimate(*measured, FUNCTIONS[name])
         panels.append((DATA_TITLES[data], found))
         shown.update(found)
     names = [title for title in TITLES.values() if title in shown]
@@ -271,10 +274,11 @@ def measure_all(name, seeds, drawn):
     return values, np.array([one[name] for one in drawn])
 
 
-def estimate(values, drawn):
+def estimate(values, drawn, metric=None):
     """(mean over the seeds, low, high), the 95 % interval over rows and seeds together.
 
-    values (S,): of each seed on all rows; drawn (S, draws): of each on resampled rows.
+    values (S,): of each seed on all rows; drawn (S, draws): of each on resampled rows. metric: see
+    `metrics.limits`; None for a difference.
     """
     n_seeds = len(values)
     variance_of_rows = drawn.mean(axis=0).var()
@@ -287,7 +291,7 @@ def estimate(values, drawn):
         degrees = variance**2 / (variance_of_seeds**2 / (n_seeds - 1))
 
     reach = student_t(degrees) * np.sqrt(variance)
-    return values.mean(), values.mean() - reach, values.mean() + reach
+    return values.mean(), *limits(metric, values.mean(), reach)
 
 
 def estimate_difference(name, own, other):
@@ -330,7 +334,8 @@ def print_systems(data, systems, draws, results):
         for name in METRICS:
             cell = ""
             if name in draws[system][0]:
-                cell = with_interval(*estimate(*measure_all(name, seeds, draws[system])))
+                measured = measure_all(name, seeds, draws[system])
+                cell = with_interval(*estimate(*measured, FUNCTIONS[name]))
             cells.append(cell)
         for key in ("parsable", "agree", "rep_4"):
             cells.append(mean_cell([scores.metrics.get(key) for scores in seeds], 2))
@@ -342,8 +347,8 @@ def print_systems(data, systems, draws, results):
         if stated is not None:
             cells = [TITLES["zero-shot stated confidence"], "1"]
             for name in ("auroc", "log_loss"):
-                limits = stated["intervals"][name] or (None, None)
-                cells.append(with_interval(stated[name], *limits))
+                low, high = stated["intervals"][name] or (None, None)
+                cells.append(with_interval(stated[name], low, high))
             print_line(*cells, "", "", "", "")
 
 
@@ -480,10 +485,10 @@ def print_unseen(results):
             unseen = result.get("unseen_groups")
             if unseen and unseen["metrics"]:
                 found = unseen["metrics"]
-                limits = found["intervals"]["auroc"] or (None, None)  # None: all are of one group
+                low, high = found["intervals"]["auroc"] or (None, None)  # None: all of one group
                 print(f"\n{DATA_TITLES[result['data']]}, {TITLES.get(result['system'])}, seed "
                       f"{result['seed']}: {unseen['n']} rows of groups that training has not "
-                      f"seen: AUROC {with_interval(found['auroc'], *limits)}")
+                      f"seen: AUROC {with_interval(found['auroc'], low, high)}")
 
 
 def with_interval(value, low, high):

@@ -193,6 +193,21 @@ def test_the_interval_takes_rows_and_seeds(seed_deviation):
     assert 920 <= inside <= 990, inside
 
 
+def test_an_interval_stays_within_the_bounds_of_its_metric():
+    """Fails if an AUROC near 1 has a limit above 1, a small loss one below 0, if values that are
+    all the same have no interval, or if that of a difference is not symmetric."""
+    values = np.array([0.98, 1.0, 0.99])
+    drawn = values[:, None] + np.linspace(-0.01, 0.01, 200)
+    auroc, log_loss = (result_tables.FUNCTIONS[name] for name in ("auroc", "log_loss"))
+    value, low, high = result_tables.estimate(values, drawn, auroc)
+    assert value == pytest.approx(0.99) and 0.9 < low < 0.985 and 0.99 < high < 1
+    value, low, high = result_tables.estimate(values, drawn)
+    assert value - low == pytest.approx(high - value) and high > 1
+    value, low, high = result_tables.estimate(1 - values, 1 - drawn, log_loss)
+    assert 0 < low < value < high and value / low == pytest.approx(high / value)
+    assert result_tables.estimate(np.ones(3), np.ones((3, 200)), auroc) == (1, 1, 1)
+
+
 def test_a_difference_pairs_the_seeds():
     """Fails if a seed is compared with another one, or if resampled rows are not the same ones."""
     rng = np.random.default_rng(0)
