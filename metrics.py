@@ -835,6 +835,7 @@ def score_metrics(y, p, decisions=None, *, groups=None, draws=1000, seed=0, true
         "accuracy": (accuracy, at_half),
         "f1": (f1_score, decisions),
         "log_loss": (log_loss, p),
+        "brier": (brier, p),
     }
     if decisions is None:  # p has no threshold
         del resampled["f1"]
@@ -888,7 +889,6 @@ def score_metrics(y, p, decisions=None, *, groups=None, draws=1000, seed=0, true
         true_p_error = mean_or_none(errors[~np.isnan(errors)])
 
     result.update({
-        "brier": brier(y, p),
         "miscalibration": miscalibration,
         "discrimination": discrimination,
         "uncertainty": uncertainty,

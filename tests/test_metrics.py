@@ -479,8 +479,8 @@ def test_rereading_by_hand():
 
 def test_metrics_of_a_score_and_its_texts():
     """Fails if a value is taken from another column (decisions at .5 for those at the threshold),
-    if unparsable texts leave kappa_all or agree, if a row without true p counts, or if JSON cannot
-    hold the result."""
+    if a metric has no interval or another one, if unparsable texts leave kappa_all or agree, if a
+    row without true p counts, or if JSON cannot hold the result."""
     rng, groups = np.random.default_rng(0), [f"g{i // 2}" for i in range(60)]
     true_p = rng.random(60)
     y, p = (rng.random(60) < true_p).astype(int), np.clip(true_p + rng.normal(0, 0.1, 60), 0, 1)
@@ -490,7 +490,10 @@ def test_metrics_of_a_score_and_its_texts():
         (sk.f1_score, 0.5), (sk.f1_score, 0.3), (sk.accuracy_score, 0.5))]
     assert [result["f1_half"], result["f1"], result["accuracy"]] == pytest.approx(due)
     assert result["true_p_error"] == pytest.approx(np.abs(p - true_p)[2:].mean())
-    assert result["intervals"]["auroc"] == mt.bootstrap_ci(mt.auroc, y, p, groups, 50, 0)
+    for name in ("auroc", "average_precision", "log_loss", "brier"):
+        metric = getattr(mt, name)
+        assert result[name] == metric(y, p)
+        assert result["intervals"][name] == mt.bootstrap_ci(metric, y, p, groups, 50, 0)
     head, sure = (p >= 0.5).astype(int), np.argsort(-np.abs(p - 0.5))
     assert result["accuracy_at_80"] == (head == y)[sure][:48].mean()
 
