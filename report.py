@@ -27,7 +27,7 @@ from plumbing.files import sha256_of, write_atomically
 from plumbing.markup import escaped, joined, json_text, tag
 from plumbing.remarks import count_shared
 from plumbing.report_data import data_for_page
-from plumbing.report_files import read_evaluation, rows_by_id
+from plumbing.report_files import lacks_something, read_evaluation, rows_by_id
 from plumbing.resume import name_hashes_by_role
 from plumbing.script import Help, run_main
 from plumbing.tables import cell
@@ -106,9 +106,15 @@ def write_report(folder):
 
     ValueError if the folder's files are missing, or were written by an earlier version.
     """
-    evaluation = read_evaluation(Path(folder))
-    path = Path(folder) / "report.html"
-    write_atomically(path, page(evaluation))
+    folder = Path(folder)
+    evaluation = read_evaluation(folder)
+    try:
+        content = page(evaluation)
+    except (KeyError, TypeError) as error:
+        raise lacks_something(folder, error) from error
+
+    path = folder / "report.html"
+    write_atomically(path, content)
     return path
 
 

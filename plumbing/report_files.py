@@ -47,10 +47,14 @@ def read_evaluation(folder):
         runs = read_runs(results, folder)
         rows, no_texts = read_texts(results["data"])
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder}/eval.json does not have what a report needs ({error!r}); an "
-                         "earlier version wrote it: eval.py with --overwrite writes it again"
-                         ) from None
+        raise lacks_something(folder, error) from error
     return Evaluation(results, runs, rows, no_texts)
+
+
+def lacks_something(folder, error):
+    """The ValueError for an eval.json in which something is not there, or is not as expected."""
+    return ValueError(f"{folder}/eval.json does not have what a report needs ({error!r}); an "
+                      "earlier version wrote it: eval.py with --overwrite writes it again")
 
 
 def read_runs(results, folder):

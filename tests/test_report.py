@@ -322,6 +322,26 @@ def test_other_files_are_refused(tmp_path):
     refused("earlier version .* --overwrite")
 
 
+@pytest.mark.parametrize("remove", [
+    lambda results, about: results.pop("warnings"),
+    lambda results, about: results.pop("versions"),
+    lambda results, about: about.pop("curves"),
+    lambda results, about: about["fitted"].pop("calibration"),
+    lambda results, about: results["metrics"]["head"].pop("ece_floor_q95"),
+    lambda results, about: results["metrics"]["head"].update(intervals=None),
+])
+def test_an_earlier_evaluation_is_refused_in_a_sentence(tmp_path, remove):
+    """Fails if a page that needs what an earlier version did not write ends in a traceback."""
+    folder = simulated(tmp_path / "out")
+    results = json.loads((folder / "eval.json").read_text())
+    [about] = results["runs"].values()
+    remove(results, about)
+    (folder / "eval.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match="earlier version .* --overwrite"):
+        write_report(folder)
+    assert not (folder / "report.html").exists()
+
+
 # --- its parts ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("text, explanation, cited", [
     ("The patient has Sepsis.", "Because of sepsis, the risk is high.", ["Sepsis"]),
