@@ -498,12 +498,11 @@ def describe(rows):
     """What eval.json says about the rows themselves, as a dict."""
     labels = [row["label"] for row in rows]
     groups = [row.get("group") for row in rows]
-    simulated = [row for row in rows if "probability" in row]
-    bayes_auroc = none_if_undefined(
-        auroc,
-        [row["label"] for row in simulated],
-        [row["probability"] for row in simulated],
-    )
+    bayes_auroc = None  # the true p's, on the same rows as the runs' AUROC
+    if all("probability" in row for row in rows):
+        true_p = [row["probability"] for row in rows]
+        bayes_auroc = none_if_undefined(auroc, labels, true_p)
+
     return {
         "n": len(rows),
         "positives": sum(labels),

@@ -66,7 +66,7 @@ def print_report(report, args):
     """Prints the number of rows, why the intervals may not be relied on, and the tables."""
     print(f"\n{args.data}: {report['n']} rows, {report['positives']} positive, "
           f"{report['groups']} groups; [95 % interval, groups resampled {args.draws} times]")
-    if report["bayes_auroc"]:
+    if report["bayes_auroc"] is not None:
         print(f"the true p of the rows has AUROC {report['bayes_auroc']:.3f}: the ceiling")
     for sentence in report["warnings"]:
         print(f"warning: {sentence}")

@@ -443,6 +443,14 @@ def test_swapped_pairs(tmp_path, capsys):
             swapped.main([pairs, wrong])
 
 
+def test_the_ceiling_is_that_of_the_same_rows():
+    """Fails if some rows with a true p give the ceiling of an AUROC that all rows have."""
+    rows = [{"label": label, "probability": p} for label, p in ((0, 0.2), (1, 0.9), (0, 0.5))]
+    assert ev.describe(rows)["bayes_auroc"] == 1
+    assert ev.describe([*rows, {"label": 1}])["bayes_auroc"] is None
+    assert ev.describe([{"label": label} for label in (0, 1)])["bayes_auroc"] is None
+
+
 def test_the_summary_fits_the_screen(capsys):
     """Fails if a long name makes the table wider than 100 columns, if a scorer before calibration
     is in it, or if a missing number is shown as one."""
