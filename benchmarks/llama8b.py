@@ -47,6 +47,8 @@ def main(argv=None):
     if args.device != "meta" and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: PyTorch finds no GPU; without the flag the "
                          "memory is counted on any machine")
+    if args.peer and args.device == "meta":
+        raise ValueError("--peer measures on a GPU only: give --device cuda as well")
     report = {"command": ["benchmarks/llama8b.py", *(argv or sys.argv[1:])], "versions": versions()}
     if args.device != "meta":
         report["gpu"] = torch.cuda.get_device_name(args.device)

@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import calibration  # noqa: E402
 import comprehensiveness as comp  # noqa: E402
 import coverage  # noqa: E402
+import llama8b  # noqa: E402
 import random_llama  # noqa: E402
 import speed  # noqa: E402
 import swapped  # noqa: E402
@@ -449,6 +450,12 @@ def test_the_ceiling_is_that_of_the_same_rows():
     assert ev.describe(rows)["bayes_auroc"] == 1
     assert ev.describe([*rows, {"label": 1}])["bayes_auroc"] is None
     assert ev.describe([{"label": label} for label in (0, 1)])["bayes_auroc"] is None
+
+
+def test_what_needs_a_gpu_says_so():
+    """Fails if the peer's writing without --device ends in a traceback."""
+    with pytest.raises(ValueError, match="--peer .*--device cuda"):
+        llama8b.main(["--peer"])
 
 
 def test_the_summary_fits_the_screen(capsys):
