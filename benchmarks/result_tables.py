@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from metrics import (  # noqa: E402
     auroc, calibrate, calibrated, calibration_intervals, calibration_slope, curves, ece, ece_floor,
-    group_numbers, limits, log_loss, per_token, sigmoid, student_t)
+    group_numbers, limits, log_loss, none_if_undefined, per_token, sigmoid, student_t)
 from plumbing.drawings import forest, reliability, side_by_side  # noqa: E402
 from plumbing.files import read_json, write_atomically  # noqa: E402
 from plumbing.script import run_main  # noqa: E402
@@ -298,13 +298,15 @@ def estimate_difference(name, own, other):
     """`estimate` of own minus other; of the reference loss as a share of the other.
 
     own, other: (Scores of each seed, what `draw` made of them). Pairs of the same seed are taken. A
-    system that was not trained is compared with every seed.
+    system that was not trained is compared with every seed. None if the two share no seed.
     """
     pairs = []
     for one, its_draws in zip(*own, strict=True):
         for two, other_draws in zip(*other, strict=True):
             if two.seed in (one.seed, None):
                 pairs.append((one, its_draws, two, other_draws))
+    if not pairs:
+        return None
 
     own_values, own_drawn = measure_all(name, [p[0] for p in pairs], [p[1] for p in pairs])
     values, drawn = measure_all(name, [p[2] for p in pairs], [p[3] for p in pairs])
@@ -369,15 +371,18 @@ def print_differences(name, systems, draws):
         cells = []
         for data in with_ours:
             cells.append("")
-            if system in systems[data] and name in draws[data][system][0]:
-                value, low, high = estimate_difference(
-                    name,
-                    (systems[data][OURS], draws[data][OURS]),
-                    (systems[data][system], draws[data][system]),
-                )
-                cells[-1] = with_interval(value, low, high)
-                if counts(name, value, low, high):
-                    cells[-1] = f"**{cells[-1]}**"
+            if system not in systems[data] or name not in draws[data][system][0]:
+                continue
+            difference = estimate_difference(
+                name,
+                (systems[data][OURS], draws[data][OURS]),
+                (systems[data][system], draws[data][system]),
+            )
+            if difference is None:
+                continue
+            cells[-1] = with_interval(*difference)
+            if counts(name, *difference):
+                cells[-1] = f"**{cells[-1]}**"
         if any(cells) and system != OURS:
             print_line(TITLES[system], *cells)
 
@@ -385,7 +390,8 @@ def print_differences(name, systems, draws):
 def print_calibration(systems):
     """Intercept, slope and ECE, raw and calibrated: means over the seeds.
 
-    An interval is the mean of the seeds' intervals, which are those of rows alone.
+    An interval is the mean of the seeds' intervals, which are those of rows alone. Where a cut of p
+    separates the classes for one of the seeds, slope and intercept are n/a.
     """
     print("\n### Calibration, raw and then calibrated\n")
     print_line("set and system", "", "intercept", "slope",
@@ -396,36 +402,36 @@ def print_calibration(systems):
             if system not in of_data:
                 continue
             for kind in ("raw", "calibrated"):
-                try:
-                    found = [calibration_of(scores, kind) for scores in of_data[system]]
-                except ValueError:  # a cut of p separates the classes: there is no slope
-                    continue
-                mean = {name: np.mean([one[name] for one in found], axis=0) for name in found[0]}
-                error, floor, q95 = mean["ece"]
-                print_line(
-                    f"{DATA_TITLES[data]}: {TITLES[system]}",
-                    kind,
-                    with_interval(*mean["intercept"]),
-                    with_interval(*mean["slope"]),
-                    f"{number(error)} ({number(floor)}, {number(q95)})",
-                    number(mean["log_loss"]),
-                )
+                found = [calibration_of(scores, kind) for scores in of_data[system]]
+                cells = []
+                for name in ("intercept", "slope"):
+                    values = [one[name] for one in found]  # of each seed, with its limits
+                    if None in values:
+                        cells.append("n/a")
+                    else:
+                        cells.append(with_interval(*np.mean(values, axis=0)))
+                error, floor, q95 = np.mean([one["ece"] for one in found], axis=0)
+                cells.append(f"{number(error)} ({number(floor)}, {number(q95)})")
+                cells.append(number(np.mean([one["log_loss"] for one in found])))
+                print_line(f"{DATA_TITLES[data]}: {TITLES[system]}", kind, *cells)
 
 
 def calibration_of(scores, kind):
-    """The numbers of one line of that table, of one seed: a value with its limits, for the ECE
-    the mean and the 95 % line of a perfect p.
+    """One seed's numbers for a line of the calibration table.
+
+    Slope and intercept are (value, low, high), or None where they are undefined; the ECE is (value,
+    mean of a perfect p, its 95 % line).
     """
     y = scores.y
     p = scores.raw_p if kind == "raw" else scores.p
-    slope, intercept = calibration_slope(y, p)
-    slope_limits, intercept_limits = calibration_intervals(y, p, scores.groups)
-    return {
-        "slope": (slope, *slope_limits),
-        "intercept": (intercept, *intercept_limits),
-        "ece": (ece(y, p), *ece_floor(p)),
-        "log_loss": log_loss(y, p),
-    }
+    found = {"slope": None, "intercept": None, "ece": (ece(y, p), *ece_floor(p)),
+             "log_loss": log_loss(y, p)}
+    fitted = none_if_undefined(calibration_slope, y, p)
+    intervals = none_if_undefined(calibration_intervals, y, p, scores.groups)
+    if intervals is not None:
+        found["slope"] = (fitted[0], *intervals[0])
+        found["intercept"] = (fitted[1], *intervals[1])
+    return found
 
 
 def print_evidence(systems):

@@ -229,6 +229,25 @@ def test_a_difference_pairs_the_seeds():
     assert value == pytest.approx(np.mean(each) - other) and low < value < high
 
 
+def test_a_table_has_a_line_for_what_cannot_be_computed(capsys):
+    """Fails if systems that share no seed end in a traceback, or if one whose p separates the
+    classes loses its line of the calibration table."""
+    y = np.arange(40) % 2
+    p = np.clip(0.2 + 0.6 * y + np.linspace(-0.1, 0.1, 40), 0, 1)
+
+    def scores(seed):
+        return result_tables.Scores(seed, y, None, p, raw_p=p)
+
+    sets = {"notes": {result_tables.OURS: [scores(0)], "lm-only": [scores(1)]}}
+    drawn = {"notes": result_tables.draw(sets["notes"], 20)}
+    result_tables.print_differences("auroc", sets, drawn)
+    assert "LM-only" not in capsys.readouterr().out
+    result_tables.print_calibration(sets)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "LM-only | raw" in line]
+    ece = f"{result_tables.ece(y, p):.3f}"
+    assert line.split(" | ")[2:4] == ["n/a", "n/a"] and f"| {ece} (" in line
+
+
 @pytest.mark.parametrize("text, found", [
     ("RESULTS: Many. CONCLUSIONS: It works. It is safe.", "It works. It is safe."),
     ("CONCLUSION: It works.\nFUNDING: None.", "It works."),
