@@ -99,43 +99,44 @@ def main(argv=None):
     if not results:
         raise ValueError(f"{args.results} has no result of benchmarks/real.py")
 
-    systems = {}  # {data set: {system: its Scores, one a seed}}
-    draws = {}  # {data set: what `draw` makes of its systems}
+    sets = {}  # {data set: its systems, {system: its Scores, one a seed}}
+    drawn_sets = {}  # {data set: what `draw` makes of its systems}
     for data, of_data in results.items():
-        systems[data] = scores_of(of_data)
-        draws[data] = draw(systems[data], args.draws)
-        print_systems(data, systems[data], draws[data], of_data)
+        sets[data] = scores_of(of_data)
+        drawn_sets[data] = draw(sets[data], args.draws)
+        print_systems(data, sets[data], drawn_sets[data], of_data)
 
     for name in METRICS:
-        print_differences(name, systems, draws)
-    print_calibration(systems)
-    print_evidence(systems)
-    print_rereading(systems)
-    for data in systems:
-        print_swapped(data, systems[data])
+        print_differences(name, sets, drawn_sets)
+    print_calibration(sets)
+    print_evidence(sets)
+    print_rereading(sets)
+    for data, systems in sets.items():
+        print_swapped(data, systems)
     print_unseen(results)
 
     if args.figures is not None:
         args.figures.mkdir(parents=True, exist_ok=True)
         for name in ("auroc", "text_nll"):
-            figure = draw_overview(name, systems, draws)
+            figure = draw_overview(name, sets, drawn_sets)
             write_atomically(args.figures / f"{name}.svg", figure)
-        for data in systems:
-            figure = draw_reliability(systems[data])
+        for data, systems in sets.items():
+            figure = draw_reliability(systems)
             write_atomically(args.figures / f"{data}_reliability.svg", figure)
 
 
-def draw_overview(name, systems, draws):
+def draw_overview(name, sets, drawn_sets):
     """One metric of every system on every data set that a system was trained on, as SVG."""
     panels = []
     shown = set()
-    for data, of_data in systems.items():
-        if OURS not in of_data:
+    for data, systems in sets.items():
+        if OURS not in systems:
             continue
         found = {}
-        for system, seeds in of_data.items():
-            if system != "majority" and name in draws[data][system][0]:
-                measured = measure_all(name, seeds, draws[data][system])
+        for system, runs in systems.items():
+            drawn = drawn_sets[data][system]
+            if system != "majority" and name in drawn[0]:
+                measured = measure_all(name, runs, drawn)
                 found[TITLES[system]] = estimate(*measured, FUNCTIONS[name])
         panels.append((DATA_TITLES[data], found))
         shown.update(found)
@@ -258,19 +259,22 @@ def draw(systems, draws, seed=0):
             resamples.append(rows)
 
     drawn = {}
-    for system, seeds in systems.items():
+    for system, runs in systems.items():
         drawn[system] = []
-        for scores in seeds:
+        for scores in runs:
             found = [scores.measure(rows) for rows in resamples]
             names = found[0]
             drawn[system].append({name: np.array([one[name] for one in found]) for name in names})
     return drawn
 
 
-def measure_all(name, seeds, drawn):
-    """(S,) a metric of each of S seeds on all rows, and (S, draws) on the resampled rows."""
-    all_rows = np.arange(len(seeds[0].y))
-    values = np.array([scores.measure(all_rows)[name] for scores in seeds])
+def measure_all(name, runs, drawn):
+    """(S,) a metric of each of S seeds on all rows, and (S, draws) on the resampled rows.
+
+    runs: the Scores of each seed; drawn: what `draw` made of them.
+    """
+    all_rows = np.arange(len(runs[0].y))
+    values = np.array([scores.measure(all_rows)[name] for scores in runs])
     return values, np.array([one[name] for one in drawn])
 
 
@@ -315,13 +319,13 @@ def estimate_difference(name, own, other):
     return estimate(own_values - values, own_drawn - drawn)
 
 
-def counts(name, value, low, high):
-    """Whether a difference in a metric is one: see MARGINS. low, high: its interval."""
+def is_large(name, value, low, high):
+    """Whether a difference in a metric counts as one, see MARGINS. low, high: its interval."""
     return abs(value) >= MARGINS[name] and not low <= 0 <= high
 
 
 # --- printing -------------------------------------------------------------------------------------
-def print_systems(data, systems, draws, results):
+def print_systems(data, systems, drawn, results):
     """What each system gives on one data set."""
     first = next(iter(systems.values()))[0]
     machines = {machine(result) for result in results}
@@ -331,16 +335,16 @@ def print_systems(data, systems, draws, results):
 
     print_line("system", "seeds", *METRICS.values(), "states a label", "agrees", "repetition")
     print_line(*["---"] * 8)
-    for system, seeds in systems.items():
-        cells = [TITLES[system], str(len(seeds))]
+    for system, runs in systems.items():
+        cells = [TITLES[system], str(len(runs))]
         for name in METRICS:
             cell = ""
-            if name in draws[system][0]:
-                measured = measure_all(name, seeds, draws[system])
+            if name in drawn[system][0]:
+                measured = measure_all(name, runs, drawn[system])
                 cell = with_interval(*estimate(*measured, FUNCTIONS[name]))
             cells.append(cell)
         for key in ("parsable", "agree", "rep_4"):
-            cells.append(mean_cell([scores.metrics.get(key) for scores in seeds], 2))
+            cells.append(mean_cell([scores.metrics.get(key) for scores in runs], 2))
         print_line(*cells)
 
     # it is not in the rows' numbers, so its interval is that of eval.py: rows alone
@@ -360,34 +364,43 @@ def machine(result):
     return hardware.get("gpu", hardware["processor"])
 
 
-def print_differences(name, systems, draws):
+def print_differences(name, sets, drawn_sets):
     """Our system minus each other one in one metric, a column for each data set."""
     unit = ", as a share of the other's" if name == "text_nll" else ""
     print(f"\n### {METRICS[name]} of {TITLES[OURS]}, minus that of another system{unit}\n")
-    with_ours = [data for data in systems if OURS in systems[data]]
+    with_ours = [data for data in sets if OURS in sets[data]]
     print_line("the other system", *[DATA_TITLES[data] for data in with_ours])
     print_line(*["---"] * (1 + len(with_ours)))
     for system in TITLES:
+        if system == OURS:
+            continue
         cells = []
         for data in with_ours:
-            cells.append("")
-            if system not in systems[data] or name not in draws[data][system][0]:
-                continue
-            difference = estimate_difference(
-                name,
-                (systems[data][OURS], draws[data][OURS]),
-                (systems[data][system], draws[data][system]),
-            )
-            if difference is None:
-                continue
-            cells[-1] = with_interval(*difference)
-            if counts(name, *difference):
-                cells[-1] = f"**{cells[-1]}**"
-        if any(cells) and system != OURS:
+            cells.append(difference_cell(name, system, sets[data], drawn_sets[data]))
+        if any(cells):
             print_line(TITLES[system], *cells)
 
 
-def print_calibration(systems):
+def difference_cell(name, system, systems, drawn):
+    """Our system minus another one in one metric on one data set; bold where it counts.
+
+    Empty if the other was not run, has no such metric, or shares no seed with ours.
+    """
+    if system not in systems or name not in drawn[system][0]:
+        return ""
+    ours = (systems[OURS], drawn[OURS])
+    other = (systems[system], drawn[system])
+    difference = estimate_difference(name, ours, other)
+    if difference is None:
+        return ""
+
+    cell = with_interval(*difference)
+    if is_large(name, *difference):
+        return f"**{cell}**"
+    return cell
+
+
+def print_calibration(sets):
     """Intercept, slope and ECE, raw and calibrated: means over the seeds.
 
     An interval is the mean of the seeds' intervals, which are those of rows alone. Where a cut of p
@@ -397,12 +410,12 @@ def print_calibration(systems):
     print_line("set and system", "", "intercept", "slope",
                "calibration error (of a perfect p: mean, 95 %)", "log loss")
     print_line(*["---"] * 6)
-    for data, of_data in systems.items():
+    for data, systems in sets.items():
         for system in TRAINED:
-            if system not in of_data:
+            if system not in systems:
                 continue
             for kind in ("raw", "calibrated"):
-                found = [calibration_of(scores, kind) for scores in of_data[system]]
+                found = [calibration_of(scores, kind) for scores in systems[system]]
                 cells = []
                 for name in ("intercept", "slope"):
                     values = [one[name] for one in found]  # of each seed, with its limits
@@ -434,53 +447,56 @@ def calibration_of(scores, kind):
     return found
 
 
-def print_evidence(systems):
+def print_evidence(sets):
     """Which phrases the texts cite, where rows have `evidence`, and kappa for all."""
     print("\n### What the texts cite, and kappa at the best threshold\n")
     print_line("set and system", "recall of the evidence", "precision", "kappa")
     print_line(*["---"] * 4)
-    for data, of_data in systems.items():
+    for data, systems in sets.items():
         for system in TRAINED:
+            runs = systems.get(system, [])
             cells = []
             for key in ("evidence_recall", "evidence_precision", "kappa_matched"):
-                seeds = of_data.get(system, [])
-                cells.append(mean_cell([scores.metrics.get(key) for scores in seeds], 2))
+                cells.append(mean_cell([scores.metrics.get(key) for scores in runs], 2))
             if any(cells):
                 print_line(f"{DATA_TITLES[data]}: {TITLES[system]}", *cells)
 
 
-def print_rereading(systems):
+def print_rereading(sets):
     """Does an explanation, read alone, lead to its decision? And that of another row?"""
     print("\n### Reading again: AUROC and flipped decisions (with texts of other rows)\n")
-    trained = {data: of_data for data, of_data in systems.items() if OURS in of_data}
+    trained = {data: systems for data, systems in sets.items() if OURS in systems}
     print_line("system", *[DATA_TITLES[data] for data in trained])
     print_line(*["---"] * (1 + len(trained)))
     for system in TRAINED:
         cells = []
-        for of_data in trained.values():
+        for systems in trained.values():
+            runs = systems.get(system, [])
             shown = []
             for key in ("reread_auroc", "shuffled_auroc", "reread_flips", "shuffled_flips"):
-                seeds = of_data.get(system, [])
-                shown.append(mean_cell([scores.metrics.get(key) for scores in seeds], 2))
-            auroc_cell = "{} ({}), {} ({})".format(*shown)
-            cells.append(auroc_cell if all(shown) else "")
+                shown.append(mean_cell([scores.metrics.get(key) for scores in runs], 2))
+            cell = ""
+            if all(shown):
+                cell = "{} ({}), {} ({})".format(*shown)
+            cells.append(cell)
         print_line(TITLES[system], *cells)
 
 
 def print_swapped(data, systems):
     """What changes if the two statements of a pair change places."""
-    if not any(seeds[0].swapped_p is not None for seeds in systems.values()):
+    if not any(runs[0].swapped_p is not None for runs in systems.values()):
         return
     print(f"\n### {DATA_TITLES[data]}: swapped pairs\n")
     print_line("system", "distance of p + p' from 1", "decisions that flip", "texts that flip")
     print_line(*["---"] * 4)
     for system in TRAINED:
+        runs = systems.get(system, [])
         errors = []
         flips = []
-        for scores in systems.get(system, []):
+        for scores in runs:
             errors.append(np.abs(scores.p + scores.swapped_p - 1).mean())
             flips.append(((scores.p >= 0.5) != (scores.swapped_p >= 0.5)).mean())
-        texts = [scores.metrics.get("text_flips") for scores in systems.get(system, [])]
+        texts = [scores.metrics.get("text_flips") for scores in runs]
         print_line(TITLES[system], mean_cell(errors, 2), mean_cell(flips, 2), mean_cell(texts, 2))
 
 
