@@ -428,7 +428,9 @@ def do_step(job, step, args):
             "peak_memory_gb": round(max(before["peak_memory_gb"], peak), 3),
         }
         if args.device != "cpu":
-            cost["peak_gpu_memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 3)
+            gpu_peak = torch.cuda.max_memory_allocated() / 1e9
+            gpu_before = before.get("peak_gpu_memory_gb", 0.0)
+            cost["peak_gpu_memory_gb"] = round(max(gpu_before, gpu_peak), 3)
         costs[step.name] = cost
         write_json(job_folder(job, args) / "costs.json", costs)
 
@@ -591,7 +593,8 @@ def unseen(job, predictions, args):
     known = set()
     for split in ("train", "valid"):
         for row in read_rows(rows_path(job.data, split, args)):
-            known.add(row.get("group"))
+            if "group" in row:  # else it is its own group, which no test row has
+                known.add(row["group"])
     rows = [one for one in predictions if one["group"] not in known]
     if len(rows) in (0, len(predictions)):
         return None

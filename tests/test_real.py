@@ -158,6 +158,31 @@ def test_a_job_killed_before_its_first_save_begins_again(folder, tiny):
     assert train.resume() == [*train.command, "--overwrite"]
 
 
+def test_a_step_that_continues_keeps_its_peaks(folder, tiny, monkeypatch):
+    """Fails if the second part of a step forgets how much memory the first one took on the GPU."""
+    args = real.parse([*flags(folder, tiny), "--device", "cuda"])
+    job = real.Job("comve", "cls-only", 0)
+    real.job_folder(job, args).mkdir(parents=True)
+    step = real.steps_of(job, args)[0]
+    monkeypatch.setitem(real.SCRIPTS, step.command[0], lambda flags: None)
+    for peak in (5e9, 2e9):
+        monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda peak=peak: peak)
+        real.do_step(job, step, args)
+    assert real.read_costs(job, args)[step.name]["peak_gpu_memory_gb"] == 5
+
+
+def test_a_row_without_a_group_is_of_an_unseen_one(folder, tiny, rows):
+    """Fails if a training row without a group makes all test rows without one known."""
+    args = real.parse(flags(folder, tiny))
+    args.work.mkdir(parents=True)
+    bare = [{key: value for key, value in row.items() if key != "group"} for row in rows]
+    for split in ("train", "valid"):
+        write_rows(real.rows_path("comve", split, args), [*bare[:20], *rows[20:]])
+    predictions = [{"true_label": i % 2, "probability": 0.5, "group": group}
+                   for i, group in enumerate([None] * 12 + [row["group"] for row in rows[20:]])]
+    assert real.unseen(real.Job("comve", "cls-only", 0), predictions, args)["n"] == 12
+
+
 def test_a_failed_job_does_not_stop_the_others(folder, tiny, monkeypatch, capsys):
     """Fails if one broken system costs the results of the others, or if it goes unsaid."""
     monkeypatch.chdir(ROOT)
