@@ -10,13 +10,17 @@ A new metric is one function, and one line in a table of `score_metrics`.
 
 Notation: N rows; y (N,) labels in {0, 1}; p (N,) probabilities of class 1, in [0, 1]; yhat (N,)
 decisions in {0, 1}; z (N,) logits. All arrays may be lists. Log loss and KL are in nats.
-Where a metric is undefined, a ValueError says why.
+A ValueError says what is wrong with the input, and the kind Undefined why a metric is undefined.
 """
 
 import numpy as np
 
 
 # --- checks ---------------------------------------------------------------------------------------
+class Undefined(ValueError):
+    """The input is right, but the metric has no value on it, such as AUROC on a single class."""
+
+
 def checked(y, p, need=()):
     """Returns y and p as float64 arrays, or says in a ValueError what is wrong with them.
 
@@ -24,10 +28,10 @@ def checked(y, p, need=()):
     """
     y = np.asarray(y, dtype=np.float64)
     p = np.asarray(p, dtype=np.float64)
-    if y.ndim != 1 or y.shape != p.shape or not len(y):
-        raise ValueError(
-            f"expected two lists of one length, not empty; found {y.shape} and {p.shape}"
-        )
+    if y.ndim != 1 or y.shape != p.shape:
+        raise ValueError(f"expected two lists of one length; found {y.shape} and {p.shape}")
+    if not len(y):
+        raise Undefined("expected two lists that are not empty; found no row")
 
     # NaN is not a label, and both comparisons with it are false
     labels_fit = np.isin(y, (0, 1)).all()
@@ -40,7 +44,7 @@ def checked(y, p, need=()):
 
     for label in need:
         if not (y == label).any():
-            raise ValueError(f"no row of class {label}: the metric is undefined")
+            raise Undefined(f"no row of class {label}: the metric is undefined")
     return y, p
 
 
@@ -48,7 +52,7 @@ def none_if_undefined(metric, *arrays):
     """metric(*arrays), or None where the metric is undefined: n/a in a table, null in JSON."""
     try:
         return metric(*arrays)
-    except ValueError:
+    except Undefined:
         return None
 
 
@@ -103,7 +107,7 @@ def auroc(y, p):
         AUROC = P(p+ > p-) + P(p+ = p-) / 2
 
     1 is a perfect ranking and .5 a random one; only the order of p matters. This is the
-    Mann-Whitney statistic (Hanley and McNeil 1982). ValueError if a class is missing.
+    Mann-Whitney statistic (Hanley and McNeil 1982). Undefined if a class is missing.
     """
     y, p = checked(y, p, need=(0, 1))
     _, rows, positives = counts_by_value(y, p)
@@ -121,7 +125,7 @@ def average_precision(y, p):
         AP = sum over thresholds t of precision(t) (recall(t) - recall(before t))
 
     There is no interpolation between thresholds. A random ranking has an AP of about the share of
-    positives. ValueError if there is no positive.
+    positives. Undefined if there is no positive.
     """
     y, p = checked(y, p, need=(1,))
     _, rows, positives = counts_by_value(y, p)
@@ -144,12 +148,12 @@ def f1_score(y, yhat):
 
         F1 = 2 TP / (2 TP + FP + FN)
 
-    ValueError if there is no positive among labels and decisions.
+    Undefined if there is no positive among labels and decisions.
     """
     checked(yhat, y)  # decisions must be 0 or 1, as labels must
     y, yhat = checked(y, yhat)
     if not (y.any() or yhat.any()):
-        raise ValueError("no positive among labels or decisions: F1 is undefined")
+        raise Undefined("no positive among labels or decisions: F1 is undefined")
 
     true_positives = y @ yhat
     return float(2 * true_positives / (y.sum() + yhat.sum()))
@@ -183,7 +187,7 @@ def halfway_down(values, best):
 def best_f1_threshold(y, p):
     """The highest threshold t whose decisions, 1 where p >= t, have the best F1.
 
-    ValueError if there is no positive.
+    Undefined if there is no positive.
     """
     y, p = checked(y, p, need=(1,))
     values, true_positives, decided = counts_by_threshold(y, p)
@@ -350,7 +354,7 @@ def calibration_slope(y, p):
 
         P(y = 1) = sigmoid(slope logit(p) + intercept)
 
-    (1, 0) is ideal; a slope below 1 means that p is overconfident. ValueError if a class is
+    (1, 0) is ideal; a slope below 1 means that p is overconfident. Undefined if a class is
     missing, or if one cut of p separates the classes or p is constant: then there is no finite fit,
     or more than one.
     """
@@ -359,9 +363,12 @@ def calibration_slope(y, p):
     negative = x[y == 0]
     positive = x[y == 1]
     if negative.max() <= positive.min() or positive.max() <= negative.min():
-        raise ValueError("one cut of p separates the classes: no finite calibration slope")
+        raise Undefined("one cut of p separates the classes: no finite calibration slope")
 
-    return fit_logistic(x, y)
+    try:
+        return fit_logistic(x, y)
+    except np.linalg.LinAlgError:  # p differs in its last digits only
+        raise Undefined("p is almost constant: no calibration slope") from None
 
 
 def fit_logistic(x, y, prior=None):
@@ -414,7 +421,7 @@ def calibration_intervals(y, p, groups=None):
     number = group_numbers(groups, len(y))
     n_groups = number.max() + 1
     if n_groups < 2:
-        raise ValueError("all rows are of one group: their spread is unknown")
+        raise Undefined("all rows are of one group: their spread is unknown")
     scores = np.zeros((n_groups, 2))
     np.add.at(scores, number, design * (y - fitted)[:, None])
 
@@ -438,7 +445,7 @@ def calibrate(y, z):
     hundred the priors hardly matter (docs/metrics.md has the measurements).
 
     The sentence tells the user the result, or that the score ranks these rows the wrong way: then
-    temperature and bias are (1, 0). ValueError if a class is missing.
+    temperature and bias are (1, 0). Undefined if a class is missing.
     """
     z = np.asarray(z, dtype=np.float64)
     y, _ = checked(y, sigmoid(z), need=(0, 1))
@@ -456,17 +463,19 @@ def cohen_kappa(a, b):
 
         kappa = (agreement - chance) / (1 - chance),  chance = sum over labels of P(a) P(b)
 
-    a, b (N,) are numbers, and may hold more than two labels. ValueError if they hold only one.
+    a, b (N,) are numbers, and may hold more than two labels. Undefined if they hold only one.
     """
     a = np.asarray(a, dtype=np.float64)
     b = np.asarray(b, dtype=np.float64)
     has_nan = np.isnan(a).any() or np.isnan(b).any()
-    if a.ndim != 1 or a.shape != b.shape or not len(a) or has_nan:
+    if a.ndim != 1 or a.shape != b.shape or has_nan:
         raise ValueError(f"expected two lists of one length, no NaN; found {a.shape} and {b.shape}")
+    if not len(a):
+        raise Undefined("expected two lists that are not empty; found no row")
 
     labels = np.union1d(a, b)[:, None]  # (labels, 1)
     if len(labels) == 1:
-        raise ValueError("both lists hold the same single label: kappa is undefined")
+        raise Undefined("both lists hold the same single label: kappa is undefined")
 
     share_in_a = (a == labels).mean(axis=1)
     share_in_b = (b == labels).mean(axis=1)
@@ -478,7 +487,7 @@ def cohen_kappa(a, b):
 def best_kappa_threshold(stated, p):
     """The highest threshold t where p >= t agrees best with the stated labels, by kappa.
 
-    ValueError if one of the labels is never stated.
+    Undefined if one of the labels is never stated.
     """
     stated, p = checked(stated, p, need=(0, 1))
     values, true_positives, decided = counts_by_threshold(stated, p)
@@ -500,7 +509,7 @@ def matched_kappa(stated, p, groups=None, seed=0, splits=100):
     other half. The result is the mean over splits: a single one says little on few rows. Splits in
     which a half lacks one of the labels do not count.
 
-    stated and p are (N,); groups as in `group_numbers`. ValueError if no split counts.
+    stated and p are (N,); groups as in `group_numbers`. Undefined if no split counts.
     """
     stated, p = checked(stated, p, need=(0, 1))
     number = group_numbers(groups, len(p))
@@ -515,12 +524,12 @@ def matched_kappa(stated, p, groups=None, seed=0, splits=100):
             for decided in (in_half, ~in_half):
                 threshold = best_kappa_threshold(stated[~decided], p[~decided])
                 cross_fitted[decided] = p[decided] >= threshold
-        except ValueError:  # the half has one label only
+        except Undefined:  # the half has one label only
             continue
         kappas.append(cohen_kappa(stated, cross_fitted))
 
     if not kappas:
-        raise ValueError("no half of the groups has texts that state either label")
+        raise Undefined("no half of the groups has texts that state either label")
     return float(np.mean(kappas))
 
 
@@ -575,7 +584,7 @@ def bootstrap(metrics, y, groups, draws, seed):
     metrics is {name: (metric, values)} with metric(y, values) -> float and values (N, ...). Returns
     ({name: (low, high)}, redrawn); None instead of the limits if all rows are of one group. A
     resample on which a metric is undefined, such as AUROC on one class, is drawn again; redrawn
-    counts these. From Efron (1979); for clusters, Field and Welsh (2007). ValueError if a metric is
+    counts these. From Efron (1979); for clusters, Field and Welsh (2007). Undefined if a metric is
     undefined on the rows themselves.
     """
     if draws < 1:
@@ -605,7 +614,7 @@ def bootstrap(metrics, y, groups, draws, seed):
         rows = by_group[places]
         try:
             results.append([metric(y[rows], values[rows]) for metric, values in measures])
-        except ValueError:
+        except Undefined:
             redrawn += 1
 
     pairs = independent_pairs(y, number)
@@ -742,7 +751,7 @@ def reliability_curve(y, p, groups=None, draws=200, seed=0):
 def roc_curve(y, p):
     """(false, true): the shares of class 0 and of class 1 with p >= t, for falling thresholds t.
 
-    Both are (U,), from 0 to 1, and U is at most 100. ValueError if a class is missing.
+    Both are (U,), from 0 to 1, and U is at most 100. Undefined if a class is missing.
     """
     y, p = checked(y, p, need=(0, 1))
     _, true_positives, decided = counts_by_threshold(y, p)
@@ -756,7 +765,7 @@ def roc_curve(y, p):
 def curves(y, p, groups=None, draws=200, seed=0):
     """What the pictures of one probability need, as a dict of lists that goes into a JSON file.
 
-    ValueError if a class is missing.
+    Undefined if a class is missing.
     """
     y, p = checked(y, p, need=(0, 1))
     values, observed, low, high = reliability_curve(y, p, groups, draws, seed)
@@ -781,12 +790,12 @@ def per_token(y, sums):
     """The mean over all tokens, from the sums over each row's tokens. y is not used.
 
     sums (N, 2): for each row, the sum over its answer tokens, and their number. y is there because
-    `bootstrap` calls every metric with labels and values. ValueError if there is no token, or if a
+    `bootstrap` calls every metric with labels and values. Undefined if there is no token, or if a
     sum is NaN.
     """
     total, tokens = sums.sum(axis=0)
     if not tokens or np.isnan(total):
-        raise ValueError("no reference explanation, or no base model to compare with")
+        raise Undefined("no reference explanation, or no base model to compare with")
     return float(total / tokens)
 
 
@@ -820,7 +829,7 @@ def score_metrics(y, p, decisions=None, *, groups=None, draws=1000, seed=0, true
     decisions (N,): those at the threshold of the validation rows. true_p (N,): the probability that
     the row was simulated with, NaN where it is not known. sums (N, 2): for `per_token`.
     first {name of a metric: p or sums of another scorer}: differences from that scorer are added.
-    groups, draws, seed: see `bootstrap`. ValueError if a class is missing.
+    groups, draws, seed: see `bootstrap`. Undefined if a class is missing.
     """
     y, p = checked(y, p, need=(0, 1))
     at_half = (p >= 0.5).astype(np.float64)

@@ -79,7 +79,7 @@ class Scores:
     swapped_p: np.ndarray | None = None  # (N,) calibrated, of the pairs in the other order
 
     def measure(self, rows):
-        """{metric: value} on some rows. ValueError if a class is missing."""
+        """{metric: value} on some rows. Undefined if a class is missing."""
         y = self.y[rows]
         measured = {"auroc": auroc(y, self.p[rows]), "log_loss": log_loss(y, self.p[rows])}
         if self.sums is not None:

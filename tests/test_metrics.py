@@ -159,7 +159,7 @@ def test_calibration_slope():
 
 
 @pytest.mark.parametrize("y, p, reason", [
-    ([], [], "not empty"), ([0, 1], [0.5], "one length"), ([0, 1], [0.5, np.nan], "nan"),
+    ([], [], "not empty"), ([0, 1], [0.5], "one length"), ([], [0.5], "one length"), ([0, 1], [0.5, np.nan], "nan"),
     ([0, np.nan], [0.5, 0.5], "nan"), ([0, 1], [0.5, 1.1], r"\[0, 1\]"),
     ([0, 1], [-0.1, 1], r"\[0, 1\]"), ([0, 2], [0.5, 0.5], "0 or 1"),
     ([[0, 1]], [[0.5, 0.5]], "lists"),
@@ -195,6 +195,26 @@ def test_undefined_only_where_it_is():
     ):
         with pytest.raises(ValueError, match=reason):
             metric(*arrays)
+
+
+def test_what_is_wrong_is_not_taken_for_undefined():
+    """Fails if wrong input becomes n/a in a table, if it is drawn again without an end, or if what
+    is undefined is an error."""
+    assert mt.none_if_undefined(mt.auroc, [], []) is None
+    assert mt.none_if_undefined(mt.auroc, [1, 1], [0.1, 0.2]) is None
+    assert mt.none_if_undefined(mt.cohen_kappa, [], []) is None
+    assert mt.none_if_undefined(mt.calibration_slope, [0, 1] * 2, [0.7, 0.7 + 2e-16] * 2) is None
+    for wrong in (([0, 1], [0.5]), ([0, 1], [0.5, 1.5]), ([0, 2], [0.5, 0.5])):
+        with pytest.raises(ValueError):
+            mt.none_if_undefined(mt.auroc, *wrong)
+
+    def wrong_on_resamples(y, p):
+        if (np.diff(p) > 0).all():
+            return 0.0
+        return mt.brier(y, p[1:])
+
+    with pytest.raises(ValueError, match="one length"):
+        mt.bootstrap_ci(wrong_on_resamples, [0, 1] * 5, np.arange(10) / 10, None, 5)
 
 
 def test_risk_and_coverage_by_hand():
