@@ -140,7 +140,9 @@ def average_precision(y, p):
 # --- decisions ------------------------------------------------------------------------------------
 def accuracy(y, yhat):
     """The share of decisions that are right."""
-    return 1 - brier(y, yhat)  # the squared error of a wrong decision is 1
+    checked(yhat, y)  # decisions must be 0 or 1, as labels must
+    y, yhat = checked(y, yhat)
+    return float(np.mean(y == yhat))
 
 
 def f1_score(y, yhat):
@@ -170,10 +172,11 @@ def counts_by_threshold(y, p):
 
 
 def halfway_down(values, best):
-    """A threshold that decides values[:best + 1] as 1 and the lower ones as 0; values fall.
+    """A threshold that decides values[:best + 1] as 1 and the others as 0; values are descending.
 
-    It lies halfway between the two, so that a decision does not change if p is rounded differently
-    in another batch (by about 1e-5).
+    It lies halfway between the lowest value that is decided as 1 and the next lower one (0 where
+    there is none), so that a decision does not change if p is rounded differently in another batch
+    (by about 1e-5).
     """
     next_lower = 0.0
     if best + 1 < len(values):
@@ -185,8 +188,9 @@ def halfway_down(values, best):
 
 
 def best_f1_threshold(y, p):
-    """The highest threshold t whose decisions, 1 where p >= t, have the best F1.
+    """A threshold t whose decisions, 1 where p >= t, have the best F1.
 
+    Of several best cuts it is the highest one; where t lies in the cut, see `halfway_down`.
     Undefined if there is no positive.
     """
     y, p = checked(y, p, need=(1,))
@@ -408,7 +412,7 @@ def calibration_intervals(y, p, groups=None):
 
         H^-1 (sum over groups of u_g u_g^T) H^-1
 
-    The errors are those of `calibration_slope`, and also if there is one group only.
+    Undefined as `calibration_slope` is, and if all rows are of one group.
     """
     slope, intercept = calibration_slope(y, p)
     y, p = checked(y, p)
@@ -485,8 +489,9 @@ def cohen_kappa(a, b):
 
 
 def best_kappa_threshold(stated, p):
-    """The highest threshold t where p >= t agrees best with the stated labels, by kappa.
+    """A threshold t where p >= t agrees best with the stated labels, by kappa.
 
+    Of several best cuts it is the highest one; where t lies in the cut, see `halfway_down`.
     Undefined if one of the labels is never stated.
     """
     stated, p = checked(stated, p, need=(0, 1))
@@ -529,7 +534,7 @@ def matched_kappa(stated, p, groups=None, seed=0, splits=100):
         kappas.append(cohen_kappa(stated, cross_fitted))
 
     if not kappas:
-        raise Undefined("no half of the groups has texts that state either label")
+        raise Undefined("in every split, one half of the groups lacks texts of one label")
     return float(np.mean(kappas))
 
 
@@ -842,12 +847,11 @@ def score_metrics(y, p, decisions=None, *, groups=None, draws=1000, seed=0, true
         "average_precision": (average_precision, p),
         "f1_half": (f1_score, at_half),
         "accuracy": (accuracy, at_half),
-        "f1": (f1_score, decisions),
         "log_loss": (log_loss, p),
         "brier": (brier, p),
     }
-    if decisions is None:  # p has no threshold
-        del resampled["f1"]
+    if decisions is not None:  # at the threshold of the validation rows
+        resampled["f1"] = (f1_score, np.array(decisions))
 
     # The same for the reference texts; there are none if this is not the run's own score
     resampled_texts = {}

@@ -188,6 +188,7 @@ def test_undefined_only_where_it_is():
         (mt.f1_score, ([0, 0], [0, 0]), "undefined"),
         (mt.cohen_kappa, ([1, 1], [1, 1]), "undefined"),
         (mt.f1_score, ([0, 1], [0.2, 0.7]), "0 or 1"),
+        (mt.accuracy, ([0, 1], [0.2, 0.7]), "0 or 1"),
         (mt.calibration_slope, ([0, 0, 1, 1], [0.1, 0.2, 0.3, 0.4]), "separates the classes"),
         (mt.calibration_slope, ([1, 1, 0, 0], [0.1, 0.2, 0.3, 0.4]), "separates the classes"),
         (mt.calibration_slope, ([0, 1, 1], [0.2, 0.2, 0.6]), "separates the classes"),
@@ -248,7 +249,7 @@ def test_matched_kappa():
     single, mean = ([mt.matched_kappa(stated, p, seed=seed, splits=splits) for seed in range(20)]
                     for splits in (1, 100))
     assert np.ptp(single) > 0.15 and np.ptp(mean) < 0.05
-    with pytest.raises(ValueError, match="no half"):
+    with pytest.raises(ValueError, match="one half of the groups lacks"):
         mt.matched_kappa([0, 1, 1, 1], [0.1, 0.2, 0.3, 0.4])
 
 
