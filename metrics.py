@@ -13,6 +13,8 @@ decisions in {0, 1}; z (N,) logits. All arrays may be lists. Log loss and KL are
 A ValueError says what is wrong with the input, and the kind Undefined why a metric is undefined.
 """
 
+from itertools import islice
+
 import numpy as np
 
 
@@ -583,6 +585,28 @@ def group_numbers(groups, n):
     return np.unique(keys, return_inverse=True)[1]
 
 
+def resamples(number, seed):
+    """Yields resamples of whole groups without an end, each as the rows that are in it.
+
+    As many groups as there are are drawn, with replacement. number (N,): the group of each row,
+    from `group_numbers`.
+    """
+    # The rows of group g are by_group[end[g] - size[g] : end[g]]
+    by_group = np.argsort(number, kind="stable")
+    size = np.bincount(number)
+    end = np.cumsum(size)
+
+    rng = np.random.default_rng(seed)
+    while True:
+        picked = rng.integers(len(size), size=len(size))
+
+        # All rows of the picked groups: their ranges of `by_group` one after the other
+        picked_size = size[picked]
+        shift = end[picked] - np.cumsum(picked_size)
+        places = np.repeat(shift, picked_size) + np.arange(picked_size.sum())
+        yield by_group[places]
+
+
 def bootstrap(metrics, y, groups, draws, seed):
     """95 % intervals of several metrics, all from the same resamples of whole groups.
 
@@ -601,26 +625,15 @@ def bootstrap(metrics, y, groups, draws, seed):
     for metric, values in measures:
         on_rows.append(metric(y, values))
 
-    # The rows of group g are by_group[end[g] - size[g] : end[g]]
-    by_group = np.argsort(number, kind="stable")
-    size = np.bincount(number)
-    end = np.cumsum(size)
-
-    rng = np.random.default_rng(seed)
     results = []  # (metrics,) of each resample
     redrawn = 0
-    while len(results) < draws:
-        picked = rng.integers(len(size), size=len(size))
-
-        # All rows of the picked groups: their ranges of `by_group` one after the other
-        picked_size = size[picked]
-        shift = end[picked] - np.cumsum(picked_size)
-        places = np.repeat(shift, picked_size) + np.arange(picked_size.sum())
-        rows = by_group[places]
+    for rows in resamples(number, seed):
         try:
             results.append([metric(y[rows], values[rows]) for metric, values in measures])
         except Undefined:
             redrawn += 1
+        if len(results) == draws:
+            break
 
     pairs = independent_pairs(y, number)
     errors = np.std(results, axis=0)
@@ -739,18 +752,15 @@ def reliability_curve(y, p, groups=None, draws=200, seed=0):
     y, p = checked(y, p)
     values = np.unique(p)
     values = values[thinned(len(values))]
-    curves = []
 
-    def keep_curve(y, p):  # a metric for `bootstrap`, which calls it for each resample
+    def curve(y, p):  # at the chosen values
         seen, first = np.unique(p, return_index=True)
-        fit = isotonic(y, p)[first]
-        curves.append(np.interp(values, seen, fit))
-        return 0.0
+        return np.interp(values, seen, isotonic(y, p)[first])
 
-    bootstrap({"curve": (keep_curve, p)}, y, groups, draws, seed)
-    observed, *resampled = curves  # the first call was for the rows themselves
+    number = group_numbers(groups, len(y))
+    resampled = [curve(y[rows], p[rows]) for rows in islice(resamples(number, seed), draws)]
     low, high = np.percentile(resampled, (2.5, 97.5), axis=0)
-    return values, observed, low, high
+    return values, curve(y, p), low, high
 
 
 def roc_curve(y, p):

@@ -31,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from metrics import (  # noqa: E402
     auroc, calibrate, calibrated, calibration_intervals, calibration_slope, curves, ece, ece_floor,
-    group_numbers, limits, log_loss, none_if_undefined, per_token, sigmoid, student_t)
+    group_numbers, limits, log_loss, none_if_undefined, per_token, resamples, sigmoid,
+    student_t)
 from plumbing.drawings import forest, reliability, side_by_side  # noqa: E402
 from plumbing.files import read_json, write_atomically  # noqa: E402
 from plumbing.script import run_main  # noqa: E402
@@ -248,21 +249,18 @@ def draw(systems, draws, seed=0):
     """
     first = next(iter(systems.values()))[0]
     number = group_numbers(first.groups, len(first.y))
-    rows_of_group = [np.flatnonzero(number == group) for group in range(number.max() + 1)]
-
-    rng = np.random.default_rng(seed)
-    resamples = []
-    while len(resamples) < draws:
-        groups = rng.integers(len(rows_of_group), size=len(rows_of_group))
-        rows = np.concatenate([rows_of_group[group] for group in groups])
+    row_sets = []
+    for rows in resamples(number, seed):
         if len(set(first.y[rows])) == 2:
-            resamples.append(rows)
+            row_sets.append(rows)
+        if len(row_sets) == draws:
+            break
 
     drawn = {}
     for system, runs in systems.items():
         drawn[system] = []
         for scores in runs:
-            found = [scores.measure(rows) for rows in resamples]
+            found = [scores.measure(rows) for rows in row_sets]
             names = found[0]
             drawn[system].append({name: np.array([one[name] for one in found]) for name in names})
     return drawn

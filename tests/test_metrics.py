@@ -159,10 +159,10 @@ def test_calibration_slope():
 
 
 @pytest.mark.parametrize("y, p, reason", [
-    ([], [], "not empty"), ([0, 1], [0.5], "one length"), ([], [0.5], "one length"), ([0, 1], [0.5, np.nan], "nan"),
-    ([0, np.nan], [0.5, 0.5], "nan"), ([0, 1], [0.5, 1.1], r"\[0, 1\]"),
-    ([0, 1], [-0.1, 1], r"\[0, 1\]"), ([0, 2], [0.5, 0.5], "0 or 1"),
-    ([[0, 1]], [[0.5, 0.5]], "lists"),
+    ([], [], "not empty"), ([0, 1], [0.5], "one length"), ([], [0.5], "one length"),
+    ([0, 1], [0.5, np.nan], "nan"), ([0, np.nan], [0.5, 0.5], "nan"),
+    ([0, 1], [0.5, 1.1], r"\[0, 1\]"), ([0, 1], [-0.1, 1], r"\[0, 1\]"),
+    ([0, 2], [0.5, 0.5], "0 or 1"), ([[0, 1]], [[0.5, 0.5]], "lists"),
 ])
 def test_bad_input_is_refused(y, p, reason):
     """Fails if one of the checks goes."""
