@@ -243,7 +243,7 @@ def read_percentage(answer):
     """The first number from 0 to 100 in an answer, as a probability; None if there is none.
 
     0 % and 100 % become .5 % and 99.5 %: a whole percentage is rounded, and a p of 0 or 1 would
-    make the log loss of a single wrong row infinite.
+    cost a single wrong row 36 nats of log loss.
     """
     for number in re.findall(r"\d+(?:\.\d+)?", answer):
         if float(number) <= 100:

@@ -349,9 +349,9 @@ def calibrated(z, temperature, bias):
     return sigmoid(np.asarray(z) / temperature + bias)
 
 
-def clipped_logit(p):
-    """log(p / (1 - p)) of probabilities that are first clipped to [1e-7, 1 - 1e-7]."""
-    p = np.clip(p, 1e-7, 1 - 1e-7)
+def clipped_logit(p, tiny=1e-7):
+    """log(p / (1 - p)) of probabilities that are first clipped to [tiny, 1 - tiny]."""
+    p = np.clip(p, tiny, 1 - tiny)
     return np.log(p) - np.log1p(-p)
 
 

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from clsgen import CLSGen, Reading, add_lora, base_model, choose_token
 from data import collate, encode_rows
-from metrics import FEWEST_ROWS, best_f1_threshold, calibrate, calibrated, rarer_class
+from metrics import (
+    FEWEST_ROWS, best_f1_threshold, calibrate, calibrated, clipped_logit, rarer_class)
 from plumbing.adapter import adapter_config, adapter_tensors, check_lora, load_adapter
 from plumbing.checkpoint import base_fingerprint, find_base, load_llama
 from plumbing.files import read_json, sha256_of, write_json, write_tensors
@@ -249,9 +250,7 @@ class Run:
         """
         records = self.predict(rows, explain=False, batch_size=batch_size, progress=progress)
         p = np.array([record["raw_probability"] for record in records])
-        smallest = np.finfo(np.float64).eps
-        p = np.clip(p, smallest, 1 - smallest)
-        return np.log(p) - np.log1p(-p)
+        return clipped_logit(p, tiny=np.finfo(np.float64).eps)
 
     @torch.inference_mode()
     def reference_sums(self, rows, batch_size=16, progress=None):

@@ -30,7 +30,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from metrics import group_numbers, log_loss, sigmoid  # noqa: E402
+from metrics import clipped_logit, group_numbers, log_loss, sigmoid  # noqa: E402
 from plumbing.files import read_json, write_json  # noqa: E402
 from plumbing.script import refuse, run_main  # noqa: E402
 
@@ -177,9 +177,8 @@ def read_sources(path):
             raise ValueError(f"{path}: some records have no true_label")
         y = np.array([record["true_label"] for record in records], dtype=np.float64)
         p = np.array([record["raw_probability"] for record in records])
-        p = np.clip(p, 1e-15, 1 - 1e-15)
         groups = [record.get("group") for record in records]
-        z = np.log(p) - np.log1p(-p)
+        z = clipped_logit(p, tiny=1e-15)
         sources[f"{path} {run}"] = [(y, z, group_numbers(groups, len(records)))]
     return sources
 

@@ -42,7 +42,7 @@ import tfidf  # noqa: E402
 import train  # noqa: E402
 from clsgen import CLSGen, states_at  # noqa: E402
 from data import read_rows  # noqa: E402
-from metrics import none_if_undefined, score_metrics  # noqa: E402
+from metrics import clipped_logit, none_if_undefined, score_metrics  # noqa: E402
 from plumbing.files import read_json, write_atomically, write_json  # noqa: E402
 from plumbing.resume import STATE  # noqa: E402
 from plumbing.script import exit_code, peak_bytes, run_main, stop_signals, versions  # noqa: E402
@@ -581,8 +581,7 @@ def columns(predictions, is_test=False):
 
 
 def logit(p):
-    p = min(max(p, 1e-15), 1 - 1e-15)
-    return round(float(np.log(p) - np.log1p(-p)), 4)
+    return round(float(clipped_logit(p, tiny=1e-15)), 4)
 
 
 def unseen(job, predictions, args):
