@@ -72,12 +72,13 @@ def main(argv=None):
     columns = {}  # {scorer: its metrics}
     runs = {}  # {name: what report.py needs to know of it}
     lines = []  # of predictions.jsonl
+    base_rate = None  # the share of class 1 that the first run was trained on
     for name, load in loaders.items():
         run = load()
         args.out.mkdir(parents=True, exist_ok=True)  # not before there is a run
         if name == ZERO_SHOT and valid:
             calibrate_zero_shot(run, valid, args)
-        is_fitted = name != ZERO_SHOT or bool(valid)
+        is_fitted = name != ZERO_SHOT or bool(valid)  # whether it has calibration and threshold
         scored = score_rows(name, run, rows, args)
 
         # its own score, and then the others; all that follow are compared with the first run's own
@@ -86,7 +87,7 @@ def main(argv=None):
         if name == names[0]:
             comparison.compare_with(scored)
             base_rate = run.fitted.base_rate
-        measured.update(comparison.measure_others(run, scored, is_fitted))
+        measured.update(comparison.measure_others(run, scored))
         if name == ZERO_SHOT:
             measured.update(comparison.measure_stated(run, scored, valid))
 
@@ -232,7 +233,7 @@ def ask_percentages(run, rows, args):
     settings = {**run.prompts.settings(), "max_answer": 16}
     prompts = Prompts(args.model, **settings)
     instruction = ASK_PERCENTAGE.format(prompts.labels[1])
-    prompts.text_after = f"\n\n{instruction}{prompts.text_after}"
+    prompts = prompts.with_instruction(instruction)
 
     asked = Run(run.model, prompts, run.fitted, run.name, has_lora=False)
     records = asked.predict(rows, batch_size=args.batch, progress="stated confidence")
@@ -283,14 +284,14 @@ class Scored:
 
 
 def score_rows(name, run, rows, args):
-    """Scores all rows with one run, and has it write texts for the first --explain: Scored.
+    """Scores all rows with one run, and has it write texts for the first --explain rows: Scored.
 
     The work has four units, and a fifth for the base model. Their results are kept in a file of
     --out until all runs are done, so that a stopped command continues.
     """
     explained = rows[: args.explain]
     others = rows[len(explained) :]
-    done = {}  # {unit: its result}
+    done = {}  # {unit: its result}; the loop below fills it, so "rereadings" finds the texts there
     units = {
         "texts": lambda: run.predict(
             explained, batch_size=args.batch, progress="probabilities and texts"),
@@ -445,13 +446,13 @@ class Comparison:
         own["seconds"] = scored.seconds
         return own
 
-    def measure_others(self, run, scored, is_fitted):
+    def measure_others(self, run, scored):
         """{scorer: metrics} of the own score before calibration, and of the label words next to it.
 
         Each only where it is not the own score itself.
         """
         others = {}
-        if is_fitted:
+        if run.fitted.is_calibrated():
             others["raw"] = self.measure(scored.column("raw_probability"))
         if run.fitted.scorer == "head":
             others["label token"] = self.measure(scored.column("label_token_probability"))

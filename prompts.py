@@ -17,6 +17,7 @@ A prompt that is too long loses tokens of the row's text, and nothing else.
 
 import math
 import re
+from copy import copy
 from dataclasses import dataclass, replace
 
 from plumbing.checkpoint import model_file
@@ -209,6 +210,12 @@ class Prompts:
         if args.format != "plain":  # who asks for it knows
             frames = {name: frame_of(name, prompts.chat) for name in FRAMES}
             warn_of_template(prompts, frames)
+        return prompts
+
+    def with_instruction(self, instruction):
+        """A copy of these prompts that has an instruction below the row's text."""
+        prompts = copy(self)
+        prompts.text_after = f"\n\n{instruction}{self.text_after}"
         return prompts
 
     def settings(self):

@@ -5,6 +5,7 @@ Every test names the mutation that it would catch.
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -442,6 +443,19 @@ def test_swapped_pairs(tmp_path, capsys):
     for wrong, reason in ((pairs, "6 have no partner"), (other_run, "2 runs")):
         with pytest.raises(ValueError, match=reason):
             swapped.main([pairs, wrong])
+
+
+@pytest.mark.parametrize("fitted, others", [
+    (Fitted("label_token"), []), (Fitted("head"), ["label token"]),
+    (Fitted("label_token", temperature=2.0), ["raw"]),
+    (Fitted("head", bias=0.1), ["raw", "label token"])])
+def test_no_score_is_measured_twice(fitted, others):
+    """Fails if a p that is not calibrated is measured again as the one before calibration."""
+    rows = [{"label": i % 2} for i in range(8)]
+    record = {"raw_probability": 0.5, "label_token_probability": 0.5}
+    scored = ev.Scored([record] * 8, [], np.zeros((0, 3)), [], 0.0)
+    comparison = ev.Comparison(rows, rows, SimpleNamespace(draws=5, seed=0))
+    assert list(comparison.measure_others(SimpleNamespace(fitted=fitted), scored)) == others
 
 
 def test_the_ceiling_is_that_of_the_same_rows():
