@@ -58,7 +58,7 @@ TRAINING = {  # name in log.jsonl: (title, unit) of a picture
 }
 FROM_0_TO_1 = ("auroc", "f1", "parsable", "kappa_matched", "rep_4")
 
-GLOSSARY = [  # (metric, what it is, which direction is good; what is perfect, what is useless)
+GLOSSARY = [  # (metric, what it is and how to read it: the good direction, perfect, useless)
     ("Probability (p)", "how likely class 1 is, from 0 to 1. Of the rows with p = 0.7, seven in "
      "ten should be of class 1."),
     ("95 % interval", "where the number would probably be on all rows of this kind, of which the "
@@ -78,11 +78,12 @@ GLOSSARY = [  # (metric, what it is, which direction is good; what is perfect, w
     ("Slope and intercept", "of a logistic regression of the label on the log-odds of p. Perfect 1 "
      "and 0; a slope of 0 means that p says nothing."),
     ("Calibration error", "how far p is from the observed share of class 1, on average over 15 "
-     "groups of equal size. Lower is better, down to what a perfect probability has here."),
+     "bins with equally many rows. Lower is better, down to what a perfect probability has here."),
     ("Reliability", "the observed share at each probability. A perfect probability follows the "
      "diagonal; a useless one is a level line. The band holds 95 % of the curves of resamples."),
     ("Risk and coverage", "how many decisions at p = 0.5 are wrong if the rows nearest to 0.5 are "
-     "left undecided. A good p falls to the left; with a useless one the line is level."),
+     "left undecided. With a good p the line falls towards the left; with a useless one it is "
+     "level."),
     ("Kappa", "how far two sets of labels agree beyond chance. Higher is better; perfect 1, "
      "useless 0. Text and p come from one model: agreement alone does not prove a reason."),
     ("Repetition", "the share of four-word sequences in a text that repeat earlier ones. Lower is "
@@ -338,10 +339,10 @@ def numbers(evaluation):
     results = evaluation.results
     titles = titles_of_scorers(evaluation)
     blocks = []
-    for key, title, reading, ideal in HEADLINES:
+    for key, title, reading, marked in HEADLINES:
         lines = compared(key, results, titles)
         if lines:
-            blocks.append(number_block(title, reading, lines, ideal, key in FROM_0_TO_1))
+            blocks.append(number_block(title, reading, lines, marked, key in FROM_0_TO_1))
 
     # all metrics of eval.json
     keys = {}
@@ -404,8 +405,11 @@ def compared(key, results, titles):
     return lines
 
 
-def number_block(title, reading, lines, ideal, is_share):
-    """One metric of several scorers: a table with a name, a picture of the interval, a number."""
+def number_block(title, reading, lines, marked, is_share):
+    """One metric of several scorers: a table with a name, a picture of the interval, a number.
+
+    marked: the value at a dotted line, ideal or useless; None for no line.
+    """
     ends = [0.0, 1.0] if is_share else [0.0]
     for _, value, limits, _ in lines:
         ends += [value, *(limits or ())]
@@ -413,7 +417,7 @@ def number_block(title, reading, lines, ideal, is_share):
 
     shown = []
     for name, value, limits, remark in lines:
-        picture = interval(value, limits, scale, ideal)
+        picture = interval(value, limits, scale, marked)
         number = [f"{value:.3f} "]
         if limits is not None:
             number.append(tag("span", f"[{limits[0]:.3f}, {limits[1]:.3f}]", class_="limits"))

@@ -140,7 +140,7 @@ def reliability(name, curves):
     shares = (0, 0.2, 0.4, 0.6, 0.8, 1)
     plot = Plot("predicted probability", "observed share", y=(floor, 1), y_ticks=shares)
     plot.band(curve["p"], curve["low"], curve["high"])
-    plot.line([0, 1], [0, 1], "ideal")
+    plot.line([0, 1], [0, 1], "marked")
     plot.line(curve["p"], curve["observed"], "curve series-0")
 
     rows = np.add(curves["histogram"]["class_0"], curves["histogram"]["class_1"])
@@ -166,7 +166,7 @@ def roc(runs):
     chosen: (share of false positives, of true positives) at the run's threshold.
     """
     plot = Plot("false positives, share of class 0", "true positives, share of class 1")
-    plot.line([0, 1], [0, 1], "ideal")
+    plot.line([0, 1], [0, 1], "marked")
     described = []
     for series, (name, curves, (false_share, true_share)) in enumerate(runs):
         curve = curves["roc"]
@@ -251,15 +251,20 @@ def training(title, unit, key, runs):
         return None
     points = [point for line in lines for point in line]
     last_step = max(step for step, _ in points)
-    most = max(0, *(value for _, value in points))
-    plot = Plot("optimizer step", unit, x=(0, max(last_step, 1)), y=(0, 1.1 * most or 1))
+    highest = max(value for _, value in points)
+    top = 1  # if no value is above zero
+    if highest > 0:
+        top = 1.1 * highest
+    plot = Plot("optimizer step", unit, x=(0, max(last_step, 1)), y=(0, top))
     described = []
     for series, ((name, _), (steps, valid)) in enumerate(zip(runs, found, strict=True)):
         style = f"series-{series % SERIES}"
-        if steps:
-            plot.line(*zip(*steps, strict=True), f"curve steps {style}")
+        for line, class_ in ((steps, f"curve steps {style}"), (valid, f"curve {style}")):
+            if line:
+                xs = [step for step, _ in line]
+                ys = [value for _, value in line]
+                plot.line(xs, ys, class_)
         if valid:
-            plot.line(*zip(*valid, strict=True), f"curve {style}")
             described.append(f"{name}: {valid[-1][1]:.3f} at the last validation")
         for step, value in valid:
             plot.mark(step, value, series)
@@ -267,10 +272,10 @@ def training(title, unit, key, runs):
 
 
 # --- an interval ----------------------------------------------------------------------------------
-def interval(value, limits, scale, ideal=None):
+def interval(value, limits, scale, marked=None):
     """A number as a dot and its 95 % interval as a line, on a scale (low, high) without words.
 
-    The number itself stands next to it as text. ideal: where a dotted line marks the best or the
+    The number itself stands next to it as text. marked: where a dotted line marks the best or the
     useless value.
     """
     low, high = scale
@@ -280,8 +285,9 @@ def interval(value, limits, scale, ideal=None):
         return round(6 + 128 * (clipped - low) / ((high - low) or 1), 1)
 
     marks = [tag("line", x1=6, x2=134, y1=10, y2=10, class_="grid")]
-    if ideal is not None:
-        marks.append(tag("line", x1=left(ideal), x2=left(ideal), y1=1, y2=19, class_="ideal"))
+    if marked is not None:
+        x = left(marked)
+        marks.append(tag("line", x1=x, x2=x, y1=1, y2=19, class_="marked"))
     if limits is not None:
         marks.append(tag("line", x1=left(limits[0]), x2=left(limits[1]), y1=10, y2=10,
                          class_="whisker"))

@@ -1,4 +1,4 @@
-"""When explain.py asks a teacher no more, and how it says what has become of the rows."""
+"""When explain.py stops asking a teacher, and the sentences that say what became of the rows."""
 
 from collections import Counter
 
@@ -48,7 +48,7 @@ def nothing_explained(asked, args):
     problem = f"none of the first {len(asked)} rows got an explanation ({counts(outcomes)})"
     if outcomes["cut off"]:
         problem += f"; {cut_off_advice(args)}"
-    if not outcomes["cut off"]:
+    else:
         problem += "; docs/data.md says what each check asks for"
     if last_refusal(asked):
         problem += f"; {last_refusal(asked)}"
