@@ -41,12 +41,16 @@ def main(argv=None):
 def whole_folder(out):
     """Gives a folder to write into, which is called `out` once all is there.
 
-    So a stop leaves no half folder.
+    So a stop leaves no half folder; one that a killed process has left is replaced.
     """
     folder = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    yield folder
+    try:
+        yield folder
+    except BaseException:  # Ctrl-C, too
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     folder.rename(out)
 
 
@@ -82,7 +86,7 @@ def merge(run, base, out):
             write_tensors(folder / path.name, tensors)
         left_out = [ADAPTER_CONFIG]
         if weights[0].name == "model.safetensors":
-            left_out.append(INDEX)  # of other files
+            left_out.append(INDEX)  # a leftover: model.safetensors wins over it
         for path in base.iterdir():  # config, tokenizer, index, chat template
             is_wanted = path.suffix in (".json", ".model", ".jinja", ".txt")
             if is_wanted and path.is_file() and path.name not in left_out:

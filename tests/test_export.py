@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from clsgen import CLSGen, states_at
-from export import main, merge, write_adapter
+from export import main, merge, whole_folder, write_adapter
 from prompts import Prompts
 from run import load_run
 
@@ -62,6 +62,18 @@ def test_a_wrong_call_says_what_is_wrong(arguments, words):
     """Fails if a mistake ends in a traceback, or a folder that is there is written into."""
     done = run_script("export.py", *arguments.split())
     assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError("the disk is full")])
+def test_a_stop_leaves_nothing(tmp_path, stop):
+    """Fails if half a folder is left, under its own name or the one it has until it is whole."""
+    with pytest.raises((KeyboardInterrupt, OSError)), whole_folder(tmp_path / "out") as folder:
+        (folder / "half").write_text("x")
+        raise stop
+    assert not list(tmp_path.iterdir())
+    with whole_folder(tmp_path / "out") as folder:
+        (folder / "whole").write_text("x")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "whole"]
 
 
 @pytest.mark.parametrize("flags", [[], ["--adapter"]])
