@@ -49,8 +49,8 @@ def repetition(texts):
 
 def syllables(word):
     """The number of syllables of an English word: its groups of vowels, without a silent last e."""
-    spoken = re.sub("(?<=[^l])e$", "", word)
-    return max(1, len(re.findall("[aeiouy]+", spoken)))
+    without_silent_e = re.sub("(?<=[^l])e$", "", word)
+    return max(1, len(re.findall("[aeiouy]+", without_silent_e)))
 
 
 def flesch(text):
@@ -70,8 +70,8 @@ def flesch(text):
     if rep_4 is not None and rep_4 >= 0.25:
         return None
 
-    spoken = sum(map(syllables, words))
-    return 206.835 - 1.015 * len(words) / len(sentences) - 84.6 * spoken / len(words)
+    n_syllables = sum(map(syllables, words))
+    return 206.835 - 1.015 * len(words) / len(sentences) - 84.6 * n_syllables / len(words)
 
 
 def spelled(text):
@@ -213,13 +213,13 @@ def text_metrics(rows, predictions, rereadings, sums, file_rows, seed=0):
 
     # If rows are left undecided: first those whose text disagrees with p, then those with p near .5
     confidence = (agrees + np.abs(p - 0.5)) / 2
-    risk = none_if_undefined(risk_coverage, correct, confidence)
     agree_coverage_at_95 = None
+    risk = none_if_undefined(risk_coverage, correct, confidence)
     if risk is not None:
-        agree_coverage_at_95 = risk[2]
+        _, _, agree_coverage_at_95 = risk
 
     evidence_recall, evidence_precision, evidence_invented = evidence_scores(rows, texts, file_rows)
-    marks = [mark for mark in map(flesch, texts) if mark is not None]
+    reading_ease = [ease for ease in map(flesch, texts) if ease is not None]
 
     # A NEW METRIC of texts goes here, in one line
     return {
@@ -233,8 +233,8 @@ def text_metrics(rows, predictions, rereadings, sums, file_rows, seed=0):
         "agree_accuracy": mean_or_none(correct[agrees]),
         "agree_coverage_at_95": agree_coverage_at_95,
         **collapse(predictions, sums),
-        "flesch": mean_or_none(marks),
-        "n_flesch": len(marks),
+        "flesch": mean_or_none(reading_ease),
+        "n_flesch": len(reading_ease),
         "evidence_recall": evidence_recall,
         "evidence_precision": evidence_precision,
         "evidence_invented": evidence_invented,

@@ -509,7 +509,7 @@ def model_numbers(job, args):
         for scorer, metrics in report["metrics"].items():
             if scorer.startswith(ZERO_SHOT):  # the others are those of the run that asks
                 numbers["metrics"][scorer] = metrics
-        predictions = [one for one in predictions if one["run"] == ZERO_SHOT]
+        predictions = [record for record in predictions if record["run"] == ZERO_SHOT]
     else:
         about = read_json(folder / "run" / "clsgen.json")
         for key in ("scorer", "calibration", "threshold", "base_rate"):
@@ -561,22 +561,22 @@ def columns(predictions, is_test=False):
     those of the label words.
     """
     found = {
-        "id": [one["id"] for one in predictions],
-        "label": [one["true_label"] for one in predictions],
-        "z": [logit(one["raw_probability"]) for one in predictions],
-        "token_z": [logit(one["label_token_probability"]) for one in predictions],
+        "id": [record["id"] for record in predictions],
+        "label": [record["true_label"] for record in predictions],
+        "z": [logit(record["raw_probability"]) for record in predictions],
+        "token_z": [logit(record["label_token_probability"]) for record in predictions],
     }
     if not is_test:
         return found
 
-    groups = [one["group"] for one in predictions]
+    groups = [record["group"] for record in predictions]
     if any(groups):
         found["group"] = groups
-    found["calibrated_z"] = [logit(one["probability"]) for one in predictions]
-    found["stated"] = [one["stated_label"] for one in predictions]
+    found["calibrated_z"] = [logit(record["probability"]) for record in predictions]
+    found["stated"] = [record["stated_label"] for record in predictions]
     # the loss of the reference explanation, a sum over its tokens
-    found["nll"] = [round(one["reference_nll"], 3) for one in predictions]
-    found["tokens"] = [one["reference_tokens"] for one in predictions]
+    found["nll"] = [round(record["reference_nll"], 3) for record in predictions]
+    found["tokens"] = [record["reference_tokens"] for record in predictions]
     return found
 
 
@@ -594,13 +594,13 @@ def unseen(job, predictions, args):
         for row in read_rows(rows_path(job.data, split, args)):
             if "group" in row:  # else it is its own group, which no test row has
                 known.add(row["group"])
-    rows = [one for one in predictions if one["group"] not in known]
+    rows = [record for record in predictions if record["group"] not in known]
     if len(rows) in (0, len(predictions)):
         return None
 
-    y = np.array([one["true_label"] for one in rows])
-    p = np.array([one["probability"] for one in rows])
-    groups = [one["group"] for one in rows]
+    y = np.array([record["true_label"] for record in rows])
+    p = np.array([record["probability"] for record in rows])
+    groups = [record["group"] for record in rows]
 
     def measure(y, p):
         return score_metrics(y, p, groups=groups)
@@ -611,13 +611,13 @@ def unseen(job, predictions, args):
 def swapped_numbers(predictions, swapped):
     """How a run answers to pairs in the other order, with the rows' numbers in file order."""
     numbers = compare(by_id(predictions), by_id(swapped))
-    numbers["z"] = [logit(one["raw_probability"]) for one in swapped]
-    numbers["stated"] = [one["stated_label"] for one in swapped]
+    numbers["z"] = [logit(record["raw_probability"]) for record in swapped]
+    numbers["stated"] = [record["stated_label"] for record in swapped]
     return numbers
 
 
 def by_id(records):
-    return {one["id"]: one for one in records}
+    return {record["id"]: record for record in records}
 
 
 def last_validation(run):

@@ -13,17 +13,17 @@ FUNCTION_WORDS = set(
 FEWEST_TEXTS = 20  # from so many texts on, a word that most of them have cites none of them
 
 
-def spoken(text):
+def words_in_order(text):
     """The words of a text in their order, in lower case."""
     return WORD.findall(text.lower())
 
 
 def words_of(text):
     """The set of the different words of a text, in lower case."""
-    return set(spoken(text))
+    return set(words_in_order(text))
 
 
-def words_of_most(texts):
+def common_words(texts):
     """The set of words that more than half of the texts have, such as "patient" in notes."""
     if len(texts) < FEWEST_TEXTS:
         return set()
@@ -33,16 +33,16 @@ def words_of_most(texts):
     return {word for word, count in counts.items() if count > len(texts) / 2}
 
 
-def citations(text, explanation, of_most):
+def citations(text, explanation, common):
     """(places in the text, places in the explanation) of the words that the explanation cites.
 
     These are the words that both have, without function words. A word that most texts have, such as
     "failure", counts only where both have its neighbour, too: "heart failure".
     """
     shared = (words_of(text) & words_of(explanation)) - FUNCTION_WORDS
-    pairs = set(pairwise(spoken(text))) & set(pairwise(spoken(explanation)))
+    pairs = set(pairwise(words_in_order(text))) & set(pairwise(words_in_order(explanation)))
     pairs = {pair for pair in pairs if shared.issuperset(pair)}
-    return places(text, shared - of_most, pairs), places(explanation, shared - of_most, pairs)
+    return places(text, shared - common, pairs), places(explanation, shared - common, pairs)
 
 
 def places(text, words, pairs):

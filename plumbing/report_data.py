@@ -5,7 +5,7 @@ Notation: N rows, y (N,) labels, p (N,) probabilities of class 1.
 
 import numpy as np
 
-from plumbing.citations import citations, words_of_most
+from plumbing.citations import citations, common_words
 from plumbing.markup import json_text
 
 LARGEST = 18_000_000  # bytes of predictions and texts in a page
@@ -62,11 +62,11 @@ def rows_for_page(evaluation):
     A page holds at most LARGEST bytes of them. If there are more, the rows with the largest errors
     keep their texts, and if that is not enough, the others are left out.
     """
-    of_most = words_of_most([row["text"] for row in evaluation.rows.values()])
+    common = common_words([row["text"] for row in evaluation.rows.values()])
     place = {name: i for i, name in enumerate(evaluation.rows)}
     rows = []
     for i, records in enumerate(zip(*(run.records for run in evaluation.runs), strict=True)):
-        rows.append(row_for_page(i, records, evaluation.rows, place, of_most))
+        rows.append(row_for_page(i, records, evaluation.rows, place, common))
     rows.sort(key=lambda row: -row["error"])
 
     # first the numbers
@@ -107,7 +107,7 @@ def length_of(row):
     return len(json_text(row).encode())
 
 
-def row_for_page(i, records, rows, place, of_most):
+def row_for_page(i, records, rows, place, common):
     """One row: its text and, of each run, the prediction, with the places of cited words."""
     name = str(records[0]["id"])
     text = rows.get(name, {}).get("text")
@@ -117,7 +117,7 @@ def row_for_page(i, records, rows, place, of_most):
     for record in records:
         in_text, in_explanation = [], []
         if text is not None and record["explanation"] is not None:
-            in_text, in_explanation = citations(text, record["explanation"], of_most)
+            in_text, in_explanation = citations(text, record["explanation"], common)
         predictions.append({
             "p": record["probability"],
             "raw": record["raw_probability"],

@@ -114,12 +114,12 @@ class ServerTeacher:
 
 
 # How models mark where their thinking begins, and where it is over
-THINKING = re.compile(
+THINKING_BEGINS = re.compile(
     r"<(?:think|thinking|thought|reasoning)>|\[THINK\]|◁think▷|<\|START_THINKING\|>"
     r"|<\|channel\|>analysis",
     re.IGNORECASE,
 )
-THOUGHT = re.compile(
+THINKING_ENDS = re.compile(
     r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]|◁/think▷|<\|END_THINKING\|>"
     r"|<\|channel\|>final<\|message\|>",
     re.IGNORECASE,
@@ -131,8 +131,8 @@ def what_it_says(answer, cut_off):
 
     A thought that does not end says nothing. None if nothing is said because it was cut off.
     """
-    said = THOUGHT.split(answer)[-1]
-    said = THINKING.split(said)[0]
+    said = THINKING_ENDS.split(answer)[-1]
+    said = THINKING_BEGINS.split(said)[0]
     said = said.replace("**", "").strip()
     if cut_off and not said:
         return None

@@ -14,7 +14,7 @@ from conftest import ROOT, assert_refused, make_run, run_script, write_rows
 
 import eval as ev
 from metrics import curves, score_metrics
-from plumbing.citations import FEWEST_TEXTS, citations, words_of_most
+from plumbing.citations import FEWEST_TEXTS, citations, common_words
 from plumbing.drawings import tick_text, ticks
 from plumbing.files import sha256_of
 from plumbing.markup import Markup, escaped, json_text, tag
@@ -363,10 +363,10 @@ def test_cited_words(text, explanation, cited):
 def test_words_of_most_texts_need_a_neighbour():
     """Fails if "failure" is marked wherever notes have it, or not even in "heart failure"."""
     texts = ["renal failure", "heart failure today"] * FEWEST_TEXTS
-    of_most = words_of_most(texts)
-    assert of_most == {"failure"} and words_of_most(texts[:2]) == set()
-    assert citations("renal failure", "liver failure", of_most)[0] == []
-    assert citations("heart failure", "a heart failure", of_most) == ([0, 13], [2, 15])
+    common = common_words(texts)
+    assert common == {"failure"} and common_words(texts[:2]) == set()
+    assert citations("renal failure", "liver failure", common)[0] == []
+    assert citations("heart failure", "a heart failure", common) == ([0, 13], [2, 15])
 
 
 def test_ticks():
