@@ -90,7 +90,7 @@ class Server:
         return sentences
 
     def _try(self, body):
-        """One completion, with the patience for what is temporary. Failure is the last one."""
+        """One completion; temporary failures are tried again. Raises the last Failure."""
         request = build_request(f"{self.endpoint.rstrip('/')}/chat/completions", body, self.key)
         for attempt in range(self.retries + 1):
             try:

@@ -191,7 +191,8 @@ def read_config(raw, name="config.json"):
     if family.get("query_scale") == STATED:  # it takes the place of 1 / sqrt(head_dim)
         variants["query_scale"] = number("attention_multiplier") * head_dim**0.5
 
-    # what a row of the table comes before, and what comes before a row
+    # config.json decides the activation and the biases only where the family's row does not; with
+    # tied embeddings it is the other way round
     has_bias = bool(raw.get("attention_bias"))
     variants = {"activation": activation, "qkv_bias": has_bias, "o_bias": has_bias, **variants}
     is_tied = raw.get("tie_word_embeddings", variants.get("tie_word_embeddings"))

@@ -70,7 +70,7 @@ class PackedMLP(MLP):
 
 
 class PackedLinears(nn.Module):
-    """Projections of one input, LoRA's included, as two products whatever their number.
+    """Several linear layers that read the same input, with their LoRA, computed in two products.
 
         [y1 | y2 | a1 | a2] = x [W1; W2; A1; A2]^T + b,   then   [y1 | y2] += [a1 | a2] B^T
 

@@ -88,7 +88,7 @@ class Ranks:
     def share(self, work, units=()):
         """Yields work(unit) for each unit of rank 0, in order. All ranks work, a unit at a time.
 
-        The other ranks need to give no units; they have to take all results too.
+        The other ranks pass no units, but must loop over all results as well.
         """
         units = self.gather(units)[0]
         for first in range(0, len(units), self.count):

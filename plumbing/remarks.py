@@ -6,7 +6,7 @@ from prompts import QUESTION, stated_label
 
 
 class LineNumber(int):
-    """The id of a row that the file gives none: the number of its line, which is not its name."""
+    """The id of a row to which the file gives none: its line's number, which is no name of its own."""
 
 
 def print_remarks(path, rows, prompts):

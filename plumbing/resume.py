@@ -39,7 +39,10 @@ def save_state(folder, trained, optimizer, state, best):
 
 
 def read_state(folder):
-    """(state, tensors) as saved. ValueError where there is none, or a damaged one."""
+    """(state, tensors) as saved, with the keys of this version.
+
+    ValueError where there is none, or a damaged one.
+    """
     path = folder / STATE
     try:
         with safe_open(path, "pt") as file:

@@ -103,8 +103,8 @@ def pick_device(dtype, device, trains=False):
     """(torch dtype, torch device) of the flags --dtype and --device. ValueError if there is none.
 
     device None: CUDA if there is one. dtype "auto": bfloat16 where the processor multiplies it.
-    Elsewhere it is float32, but float16 for predictions on a GPU, which multiplies that fast. In
-    training its small gradients would vanish: they need a scaled loss, which is not here.
+    Elsewhere it is float32, but float16 for predictions on a GPU, which multiplies that fast.
+    Training does not use float16: small gradients would underflow, and the loss is not scaled here.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
