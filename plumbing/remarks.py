@@ -6,7 +6,7 @@ from prompts import QUESTION, stated_label
 
 
 class LineNumber(int):
-    """The id of a row to which the file gives none: its line's number, which is no name of its own."""
+    """The id of a row to which the file gives none: its line's number, not a name of its own."""
 
 
 def print_remarks(path, rows, prompts):
