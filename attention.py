@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 # On Hopper and Blackwell GPUs PyTorch prefers cuDNN's attention, which makes a plan for every new
-# length, and of which wrong numbers are reported (github.com/pytorch/pytorch, issues 193893 and
-# 196678). Without it, flash attention is taken
+# length. Wrong numbers are reported of it on a B200, and on an H100 where there is a mask
+# (github.com/pytorch/pytorch, issues 193893 and 196678). Without it, flash attention is taken
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 BLOCK = 256  # queries at a time, in attention by hand

@@ -61,7 +61,7 @@ class CLSGen(nn.Module):
         hidden (B, T, D); prompt_end (B,), the index of each row's last prompt token. This is the
         only place that makes z: training, prediction and the check of a saved run call it. Another
         read-out changes this method alone, and `start_head` if it calls for another start. What it
-        needs to learn for that is an attribute of CLSGen, which trains with the score head.
+        needs to learn for that is an attribute of CLSGen, which trains and is saved with the head.
         """
         h_P = states_at(hidden, prompt_end)  # (B, D)
         return self.score(h_P.float()).squeeze(-1)

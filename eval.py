@@ -479,7 +479,10 @@ class Comparison:
         own = self.measure(p, p >= fitted.threshold)
         own["calibrated"] = fitted.is_calibrated()
         own["unreadable"] = unreadable
-        return {"stated confidence": own, "stated confidence raw": measured_raw}
+        measured = {"stated confidence": own}
+        if fitted.is_calibrated():
+            measured["stated confidence raw"] = measured_raw
+        return measured
 
     def describe_run(self, name, run, scored, is_fitted):
         """What eval.json says about a run, next to its metrics: what it is, and its curves."""

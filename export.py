@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from clsgen import CLSGen, LoRALinear
-from plumbing.adapter import HEAD, NO_CLASSIFIER, SCORE, adapter_config, adapter_tensors
+from plumbing.adapter import NO_CLASSIFIER, adapter_config, adapter_tensors, lora_alone
 from plumbing.checkpoint import (
     ADAPTER_CONFIG, INDEX, base_fingerprint, checkpoint_files, disk_name, find_base, load_llama)
 from plumbing.export_readme import adapter_readme, merged_readme
@@ -60,8 +60,7 @@ def write_adapter(run, out):
     Some engines refuse a run folder, which has the score head too: vLLM refuses `modules_to_save`,
     and llama.cpp's converter every tensor that is no A or B of a LoRA.
     """
-    tensors = adapter_tensors(run.model)
-    del tensors[HEAD]
+    tensors = lora_alone(adapter_tensors(run.model))
     with whole_folder(out) as folder:
         write_tensors(folder / "adapter_model.safetensors", tensors)
         config = adapter_config(run.about["lora"], run.about["base"], "CAUSAL_LM")
@@ -93,11 +92,12 @@ def merge(run, base, out):
                 shutil.copyfile(path, folder / path.name)
 
         # the score head, in a file of its own since other tools take no surplus tensor
-        write_tensors(folder / "score.safetensors", {SCORE: run.model.score.weight})
+        head = run.model.parameters_by_part()["head"]
+        write_tensors(folder / "score.safetensors", head)
 
         # what else a prediction needs; the golden row is that of merged weights
         merged = CLSGen(load_llama(folder, run.llama.norm.weight.dtype, run.device))
-        merged.score = run.model.score
+        merged.load_state_dict(head, strict=False)
         golden = Run(merged, run.prompts, run.fitted, has_lora=False).golden()
         write_json(folder / "clsgen.json", {
             **run.about,

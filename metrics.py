@@ -431,7 +431,10 @@ def calibration_intervals(y, p, groups=None):
     scores = np.zeros((n_groups, 2))
     np.add.at(scores, number, design * (y - fitted)[:, None])
 
-    inverse = np.linalg.inv(hessian)
+    try:
+        inverse = np.linalg.inv(hessian)
+    except np.linalg.LinAlgError:
+        raise Undefined("p hardly differs between rows: the spread of the fit is unknown") from None
     covariance = inverse @ scores.T @ scores @ inverse * n_groups / (n_groups - 1)
     reach = student_t(independent_pairs(y, number)) * np.sqrt(np.diag(covariance))
     low = (slope, intercept) - reach

@@ -99,23 +99,21 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=Help)
     parser.add_argument("folder", type=Path, help="with eval.json, from eval.py")
     args = parser.parse_args(argv)
-    print(f"wrote {write_report(args.folder)}")
+    try:
+        path = write_report(args.folder)
+    except (KeyError, TypeError) as error:  # the page needs what an earlier version did not write
+        raise lacks_something(args.folder, error) from error
+    print(f"wrote {path}")
 
 
 def write_report(folder):
     """Writes report.html into a folder that eval.py has written, and returns its path.
 
-    ValueError if the folder's files are missing, or were written by an earlier version.
+    ValueError if the folder's files are missing or damaged.
     """
     folder = Path(folder)
-    evaluation = read_evaluation(folder)
-    try:
-        content = page(evaluation)
-    except (KeyError, TypeError) as error:
-        raise lacks_something(folder, error) from error
-
     path = folder / "report.html"
-    write_atomically(path, content)
+    write_atomically(path, page(read_evaluation(folder)))
     return path
 
 
@@ -320,17 +318,27 @@ def seen_before(run, evaluation):
         name = config.get(key)
         if name is None or not evaluation.rows:
             continue
-        path = Path(name)
-        if not path.is_file() or sha256_of(path) != config.get(f"{key}_sha256"):
-            sentences.append(f"{run.name}: its {use} file {path} is not there as it was, so it is "
+        rows = rows_as_they_were(Path(name), config.get(f"{key}_sha256"))
+        if rows is None:
+            sentences.append(f"{run.name}: its {use} file {name} is not there as it was, so it is "
                              f"not known whether test rows are in it.")
             continue
-        shared = count_shared(rows_by_id(path).values(), tested)
+        shared = count_shared(rows.values(), tested)
         for what in ("text", "group"):
             if shared[what]:
                 sentences.append(f"{run.name}: {shared[what]} of {len(tested)} test rows share "
                                  f"their {what} with a {use} row. The numbers are too good.")
     return sentences
+
+
+def rows_as_they_were(path, sha256):
+    """{id: row} of a file, or None if it is gone, has changed, or is refused by now."""
+    if not path.is_file() or sha256_of(path) != sha256:
+        return None
+    try:
+        return rows_by_id(path)
+    except ValueError:
+        return None
 
 
 # --- the numbers ----------------------------------------------------------------------------------

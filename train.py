@@ -79,7 +79,7 @@ def main(argv=None):
     optimizer = make_optimizer(parts, args)
 
     # which examples each step takes: the epochs' orders in one row, so that a step may begin in one
-    # epoch and end in the next. Steps are whole: up to half a step of the last epoch is left out
+    # epoch and end in the next. Steps are whole: up to half of one is left out, or added
     labels = [example.label for example in train]
     steps = max(1, round(args.epochs * len(train) / args.batch))
     epochs_begun = math.ceil(steps * args.batch / len(train))

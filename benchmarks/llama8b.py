@@ -175,6 +175,7 @@ def peer_writer(args):
     """The same by transformers, without LoRA and without a probability."""
     from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+    torch.backends.cuda.enable_cudnn_sdp(True)  # attention.py has switched it off for ours
     config = LlamaConfig(**random_config(args), attn_implementation="sdpa")
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(args.device):

@@ -46,6 +46,11 @@ def adapter_tensors(model):
     return tensors
 
 
+def lora_alone(tensors):
+    """Those of `adapter_tensors` that are no part of the head."""
+    return {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
+
+
 def adapter_config(lora, base, task):
     """The content of adapter_config.json. lora: {"rank", "alpha", "targets"}; base: its folder.
 
@@ -120,10 +125,10 @@ def load_adapter(model, path, need_head=True):
         raise ValueError(f"{path}: {error}") from None
     except SafetensorError as error:
         raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
-    if SCORE in tensors:
-        tensors[HEAD] = tensors.pop(SCORE)
+    if SCORE in tensors:  # of a merged folder, which has the head alone
+        tensors = {PREFIX + name: tensor for name, tensor in tensors.items()}
     if HEAD not in tensors and not need_head:
-        del own[HEAD]
+        own = lora_alone(own)
 
     expected = {name: tensor.shape for name, tensor in own.items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}

@@ -117,7 +117,11 @@ def rows_by_id(path):
     rows = {}
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     for number, line in enumerate(content.split(b"\n"), 1):
-        if line.strip():
+        if not line.strip():
+            continue
+        try:
             row = parse_row(parse_object(line), labels=False)
-            rows[str(row.get("id", number))] = row
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+        rows[str(row.get("id", number))] = row
     return rows

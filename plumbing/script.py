@@ -186,15 +186,18 @@ def stop_signals():
     """
     caught = []
     handlers_before = {}
+    # torchrun passes a signal on that its process may have got already: the second is no wish
+    is_of_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
 
     def note(number, frame):
+        sentence = b"\nstopping after this step; the next Ctrl-C stops at once\n"
+        if is_of_torchrun:
+            sentence = b"\nstopping after this step; if that takes long, torchrun ends it\n"
         # not by print: the signal may come while the progress bar is being written
         with suppress(OSError):
-            os.write(2, b"\nstopping after this step; the next Ctrl-C stops at once\n")
+            os.write(2, sentence)
         caught.append(number)
-        # torchrun passes a signal on that this process may have got already. It ends it in time
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
-            signal.signal(number, handlers_before[number])
+        signal.signal(number, signal.SIG_IGN if is_of_torchrun else handlers_before[number])
 
     for number in (signal.SIGINT, signal.SIGTERM):
         handlers_before[number] = signal.signal(number, note)

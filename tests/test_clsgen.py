@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from clsgen import (
     TARGETS, CLSGen, add_lora, choose_token, first_difference, joint_loss, label_loss, total_loss)
 from data import Example, collate, encode_rows
-from plumbing.adapter import adapter_tensors
+from plumbing.adapter import PREFIX, adapter_tensors, lora_alone
 from plumbing.checkpoint import load_llama
 from prompts import Prompts
 
@@ -115,12 +115,14 @@ def test_what_trains_is_a_partition(fresh):
         assert kind == "frozen" or {p.dtype for p in group.values()} == {torch.float32}
 
 
-def test_what_another_read_out_learns_trains_and_is_saved_with_the_head(fresh):
-    """Fails if a parameter that a fork adds to CLSGen is neither trained nor saved."""
+def test_what_another_read_out_learns_trains_with_the_head(fresh):
+    """Fails if a parameter that a fork adds to CLSGen is not trained or not saved."""
     fresh.pool = torch.nn.Linear(3, 1)
     head = fresh.parameters_by_part()["head"]
     assert list(head) == ["score.weight", "pool.weight", "pool.bias"]
-    assert "base_model.model.pool.bias" in adapter_tensors(fresh)
+    tensors = adapter_tensors(fresh)
+    assert "base_model.model.pool.bias" in tensors
+    assert lora_alone(tensors).keys() == tensors.keys() - {PREFIX + name for name in head}
 
 
 def test_a_step_moves_lora_and_head_and_leaves_the_base(tiny, rows, fresh):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from clsgen import CLSGen, states_at
 from export import main, merge, whole_folder, write_adapter
 from prompts import Prompts
-from run import load_run
+from run import Run, load_run
 
 
 @torch.no_grad()
@@ -166,6 +166,33 @@ def test_the_readme_offers_no_probability_that_transformers_cannot_compute(
     merge(run, Path(run.about["base"]), tmp_path / "merged")
     readme = (tmp_path / "merged" / "README.md").read_text()
     assert "transformers cannot compute it" in readme and "classifier" not in readme
+
+
+class Pooled(CLSGen):
+    """A fork's read-out, with a parameter of its own."""
+
+    def __init__(self, llama):
+        super().__init__(llama)
+        self.pool = torch.nn.Linear(llama.config.hidden_size, llama.config.hidden_size)
+
+    def read_out(self, hidden, prompt_end):
+        return self.score(self.pool(states_at(hidden, prompt_end).float())).squeeze(-1)
+
+
+@torch.no_grad()
+def test_what_another_read_out_has_learned_is_in_a_merged_folder(rows, run, tmp_path, monkeypatch):
+    """Fails if the parameters that a fork's read-out has are left behind, or random again."""
+    base = Path(run.about["base"])
+    model = Pooled(run.model.model)
+    model.score = run.model.score
+    forked = Run(model, run.prompts, run.fitted)
+    forked.about = run.about
+    (due,) = forked.predict(rows[0], explain=False)
+    monkeypatch.setattr("export.CLSGen", Pooled)
+    monkeypatch.setattr("run.CLSGen", Pooled)
+    merge(forked, base, tmp_path / "merged")
+    (record,) = load_run(tmp_path / "merged").predict(rows[0], explain=False)
+    assert record["probability"] == near(due["probability"])
 
 
 def test_a_merged_folder_of_before_opens(rows, run, tmp_path):

@@ -205,6 +205,9 @@ def test_what_is_wrong_is_not_taken_for_undefined():
     assert mt.none_if_undefined(mt.auroc, [1, 1], [0.1, 0.2]) is None
     assert mt.none_if_undefined(mt.cohen_kappa, [], []) is None
     assert mt.none_if_undefined(mt.calibration_slope, [0, 1] * 2, [0.7, 0.7 + 2e-16] * 2) is None
+    y = [1, 1, 0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 1, 0]
+    steps = np.array([2, 0, 2, 3, 5, 2, 0, 0, 2, 6, 0, 6, 4, 3, 0, 4, 5, 3])
+    mt.none_if_undefined(mt.calibration_intervals, y, 0.568966218920396 + 1e-9 * steps, None)
     for wrong in (([0, 1], [0.5]), ([0, 1], [0.5, 1.5]), ([0, 2], [0.5, 0.5])):
         with pytest.raises(ValueError):
             mt.none_if_undefined(mt.auroc, *wrong)

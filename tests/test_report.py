@@ -18,7 +18,7 @@ from plumbing.citations import FEWEST_TEXTS, citations, common_words
 from plumbing.drawings import tick_text, ticks
 from plumbing.files import sha256_of
 from plumbing.markup import Markup, escaped, json_text, tag
-from report import write_report
+from report import main, write_report
 
 HOSTILE = [
     "<script>window.hacked = 1</script>",
@@ -338,7 +338,7 @@ def test_an_earlier_evaluation_is_refused_in_a_sentence(tmp_path, remove):
     remove(results, about)
     (folder / "eval.json").write_text(json.dumps(results))
     with pytest.raises(ValueError, match="earlier version .* --overwrite"):
-        write_report(folder)
+        main([str(folder)])
     assert not (folder / "report.html").exists()
 
 

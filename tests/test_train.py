@@ -649,13 +649,16 @@ def test_two_processes_take_the_step_that_one_takes(tiny, rows_file, tmp_path):
 
     # a cluster's signal reaches every process, and each once more by way of torchrun
     at_once = tmp_path / "at-once"
-    process = start(*arguments(tiny, rows_file, at_once, "--epochs", 4, *slowly), module=torchrun)
+    rarely = ["--valid-every", 1000, "--save-every", 1000]
+    command = arguments(tiny, rows_file, at_once, "--epochs", 40, *rarely)
+    process = start(*command, module=torchrun)
     wait_for(process, at_once, 5)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     for pid in [*map(int, children), process.pid]:
         os.kill(pid, signal.SIGTERM)
-    process.communicate()
-    assert (at_once / STATE).exists() and not (at_once / "clsgen.json").exists()
+    _, error = process.communicate()
+    assert error.count("stopped after step") == 1 and error.count("torchrun ends it") == 2, error
+    assert read_state(at_once)[0]["step"] == steps_done(at_once)
 
     unfinish(stopped)
     with pytest.raises(ValueError, match="ranks was 2, is 1"):
