@@ -42,6 +42,7 @@ from text_metrics import (  # noqa: E402
     cited_phrases, evidence_phrases, known_phrases, spelled)
 
 DRAWS = 5  # random controls for each row
+PROGRESS = "texts with holes"  # the name of the progress bar
 
 
 def main(argv=None):
@@ -191,7 +192,7 @@ def measure_phrases(run, rows, records, known, args):
         raise ValueError(f"nothing to drop: {len(rows)} explanations cite no evidence")
 
     falls = {kind: [[] for _ in rows] for kind in KINDS}
-    found = run.predict(texts, explain=False, batch_size=args.batch, progress=True)
+    found = run.predict(texts, explain=False, batch_size=args.batch, progress=PROGRESS)
     for (i, kind), record in zip(owners, found, strict=True):
         fall = records[i]["probability"] - record["probability"]
         if records[i]["probability"] < 0.5:
@@ -249,7 +250,7 @@ def measure_words(run, rows, records, args):
         raise ValueError(f"nothing to drop: {uncited} of {len(rows)} explanations cite nothing")
 
     # by how much p of the decided class falls, (rows, 1 + DRAWS)
-    found = run.predict(texts, explain=False, batch_size=args.batch, progress=True)
+    found = run.predict(texts, explain=False, batch_size=args.batch, progress=PROGRESS)
     after = np.array([record["probability"] for record in found])
     after = after.reshape(-1, 1 + DRAWS)
     before = np.array(before)[:, None]

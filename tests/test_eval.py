@@ -383,6 +383,25 @@ def test_comprehensiveness():
     assert (found["rows"], found["rows_uncited"], found["rows_no_room"]) == (18, 9, 0)
 
 
+@pytest.mark.parametrize("evidence, number", [(["result is bad"], "cited"), (None, "difference")])
+def test_comprehensiveness_of_a_run(run, rows, tmp_path, evidence, number):
+    """Fails if the script cannot read a run's explanations, score texts with it, or write what it
+    finds."""
+    name = load_run(tmp_path / "run").name
+    if evidence:
+        rows = [row | {"evidence": evidence if evidence[0] in row["text"] else []} for row in rows]
+    records = run.predict(rows, explain=False)
+    for record in records:
+        record.update(run=name, explanation="The result is bad.")
+    data = write_rows(tmp_path / "x.jsonl", rows)
+    write_rows(tmp_path / "predictions.jsonl", records)
+
+    folders = ["--run", tmp_path / "run", "--data", data, "--results", tmp_path]
+    comp.main([*map(str, folders), "--draws", "20"])
+    found = json.loads((tmp_path / "comprehensiveness.json").read_text())
+    assert -1 < found[number] < 1 and len(found["intervals"][number]) == 2
+
+
 def test_comprehensiveness_of_phrases():
     """Fails if two phrases are dropped at once, if one that is cited as absent counts as cited, if
     a control is of another kind, or if the fall is not of the decided class."""
