@@ -43,7 +43,7 @@ def exit_code(main, when_stopped):
     except BrokenPipeError:
         raise
     except (ValueError, OSError) as error:
-        print("error:", printable(str(error)), file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
         what = str(error).splitlines()[0]

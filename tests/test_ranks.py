@@ -186,4 +186,5 @@ run_main(train.main)
     done = torchrun(2, script, "--data", rows_file, "--model", tiny, "--out", tmp_path / "new",
                     "--valid-fraction", 0.3, "--rank", 2, "--device", "cpu")
     assert "]: Traceback" not in done.stderr, done.stderr
-    assert done.stderr.count("error: the loss is not finite; rows: ['r") == 2, done.stderr
+    # the lines of two processes may run into each other
+    assert done.stderr.count("the loss is not finite; rows: ['r") == 2, done.stderr
