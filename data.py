@@ -180,8 +180,10 @@ def read_rows(path, labels=True):
             row.setdefault("id", LineNumber(number))
             name = str(row["id"])  # 5 and "5" are the same
             if name in line_of_id:
-                raise ValueError(f"id {row['id']!r} is in line {line_of_id[name]} already (a row "
-                                 "without an id has its line's number)")
+                problem = f"id {row['id']!r} is in line {line_of_id[name]} already"
+                if name in (str(number), str(line_of_id[name])):
+                    problem += ": a row without an id has its line's number"
+                raise ValueError(problem)
             line_of_id[name] = number
             rows.append(row)
             unknown.update(unknown_fields(raw, FIELDS))

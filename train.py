@@ -128,10 +128,7 @@ def main(argv=None):
 
                 # keep the last one, or with --keep-best the best: the lowest BCE. (That flag is
                 # refused where the head does not train, so there is one.)
-                is_kept = not args.keep_best or not kept
-                if not is_kept:
-                    is_kept = measured["bce"] < state["best_bce"]
-                if is_kept:
+                if not args.keep_best or not kept or measured["bce"] < state["best_bce"]:
                     state.update({"best_bce": measured["bce"], "best_step": step})
                     kept = {"z": torch.tensor(z)}
                     if args.keep_best:
@@ -177,10 +174,11 @@ def train_step(model, optimizer, examples, rate, args, prompts, device, ranks):
     micros = micro_batches(mine, args.micro_batch)
     for micro in micros:
         batch = collate(micro, device)
-        gradients = ranks.no_sync(model)  # kept on this rank ...
-        if micro is micros[-1]:
-            gradients = nullcontext()  # ... until the last backward pass shares their sum
-        with gradients:
+        # the ranks keep their gradients to themselves until the last backward pass of the step
+        sharing = nullcontext()
+        if micro is not micros[-1]:
+            sharing = ranks.no_sync(model)
+        with sharing:
             _, terms = loss_terms(model, batch, examples, args, prompts)
             loss = total_loss(terms, loss_weights(args))
             if not loss.isfinite():
@@ -192,9 +190,9 @@ def train_step(model, optimizer, examples, rate, args, prompts, device, ranks):
 
     # all ranks see the same numbers, so that they stop together
     losses = ranks.total(losses, device)
-    rows = [row for rows_of_rank in ranks.gather(broken) for row in rows_of_rank]
-    if rows:
-        raise ValueError(f"the loss is not finite; rows: {rows}")
+    broken = sum(ranks.gather(broken), start=[])
+    if broken:
+        raise ValueError(f"the loss is not finite; rows: {broken}")
 
     for group in optimizer.param_groups:
         group["lr"] = rate * group["peak"]

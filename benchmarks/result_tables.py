@@ -236,8 +236,8 @@ def agreement(result):
         return None
     rows = result["test"]
     decisions = sigmoid(np.array(rows["calibrated_z"])) >= result["threshold"]
-    stated = [None if label is None else bool(label) for label in rows["stated"]]
-    return np.mean([one == two for one, two in zip(decisions.tolist(), stated, strict=True)])
+    stated = np.array([-1 if label is None else label for label in rows["stated"]])
+    return np.mean(decisions == stated)  # -1, no label, equals neither decision
 
 
 # --- seeds and rows together ----------------------------------------------------------------------

@@ -5,6 +5,7 @@ Every test names the mutation that it would catch.
 
 import json
 import sys
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -117,6 +118,26 @@ def test_one_command_compares(runs, rows):
     with base_model(run.model):
         due = [one["label_token_probability"] for one in run.predict(rows, explain=False)]
     assert [one["probability"] for one in zero] == pytest.approx(due, abs=1e-5)
+
+
+def test_the_base_model_is_loaded_when_the_run_is_gone(runs, tiny, monkeypatch):
+    """Fails if two models are in memory at once, for which a GPU may have no room."""
+    loaded = []
+
+    def load_and_watch(*args):
+        run = load_run(*args)
+        loaded.append(weakref.ref(run.llama))
+        return run
+
+    def load_alone(*args):
+        assert loaded[0]() is None
+        return load_llama(*args)
+
+    monkeypatch.setattr(ev, "load_run", load_and_watch)
+    monkeypatch.setattr(ev, "load_llama", load_alone)
+    args = SimpleNamespace(run=[runs / "joint"], model=str(tiny), dtype="float32", device="cpu")
+    ev.load_zero_shot(args)
+    assert len(loaded) == 1
 
 
 @pytest.mark.parametrize("more, scored", [("", 2), ("--overwrite", 3), ("--rows 40", 3)])

@@ -14,10 +14,11 @@ from test_predict import stop_at_the_third
 from data import Example
 from plumbing.checkpoint import base_fingerprint
 from plumbing.ranks import Ranks
+from plumbing.resume import read_state, restore
 from plumbing.train_arguments import parse
 from predict import main as predict
 from prompts import Prompts
-from train import validate
+from train import main, validate
 
 
 def torchrun(processes, script, *args):
@@ -49,6 +50,20 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch, device, number, words):
         assert chosen == ([] if device == "cpu" else [number])
     monkeypatch.setenv("WORLD_SIZE", "1")
     Ranks(device)
+
+
+def test_one_process_rewrites_the_log(tiny, rows_file, tmp_path, monkeypatch):
+    """Fails if the other processes of a resumed training write into its folder, too."""
+    out = tmp_path / "run"
+    main(["--data", str(rows_file), "--model", str(tiny), "--out", str(out), "--rank", "2",
+          "--valid-fraction", "0.3", "--epochs", "0.3", "--device", "cpu"])
+    state, tensors = read_state(out)
+    names = [name.removeprefix("weight.") for name in tensors if name.startswith("weight.")]
+    trained = {name: torch.nn.Parameter(tensors["weight." + name]) for name in names}
+    monkeypatch.setattr("plumbing.resume.write_atomically", None)  # to call it would be an error
+    restore(out, trained, torch.optim.AdamW(trained.values()), state["config"], writes=False)
+    with pytest.raises(TypeError):
+        restore(out, trained, torch.optim.AdamW(trained.values()), state["config"])
 
 
 def test_ranks_without_torchrun_are_one_sentence(monkeypatch):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from clsgen import TARGETS, CLSGen, states_at
-from run import Fitted, fit, load_run, save_run
+from run import Fitted, fit, load_run, nll_and_kl, save_run
 
 HEAD = "base_model.model.score.weight"
 
@@ -191,6 +191,22 @@ def test_what_is_no_text_is_refused(run, rows, words):
         run.predict(rows, explain=False)
 
 
+def test_losses_of_many_tokens_are_those_of_each():
+    """Fails if the tokens that are taken at a time overlap, leave one out, or meet the targets or
+    the base logits of others."""
+    torch.manual_seed(0)
+    logits = torch.randn(600, 50)
+    base_logits = torch.randn(600, 50)
+    targets = torch.randint(50, (600,))
+    log_p = logits.log_softmax(-1)
+    nll = torch.nn.functional.nll_loss(log_p, targets, reduction="none")
+    kl = torch.nn.functional.kl_div(
+        base_logits.log_softmax(-1), log_p, log_target=True, reduction="none").sum(-1)
+    found = torch.from_numpy(nll_and_kl(logits, base_logits, targets))
+    torch.testing.assert_close(found, torch.stack((nll, kl), dim=1))
+    assert np.isnan(nll_and_kl(logits, None, targets)[:, 1]).all()
+
+
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_batch_has_rows(run, size):
     """Fails if a senseless size ends in an error about something else, or in empty records."""
@@ -210,5 +226,14 @@ def test_an_overflow_is_no_decision(run):
     """Fails if a logit that is not a number becomes class 0."""
     with torch.no_grad():
         run.model.score.weight.fill_(torch.inf)
+    with pytest.raises(ValueError, match="--dtype float32"):
+        run.predict("some text", explain=False)
+
+
+def test_an_overflow_of_the_label_words_is_no_record(run, monkeypatch):
+    """Fails if only the run's own logit is looked at: a record would have a NaN, which is no
+    JSON."""
+    monkeypatch.setattr("clsgen.Reading.log_probability",
+                        lambda reading, ids: torch.full((len(reading.h_P),), torch.nan))
     with pytest.raises(ValueError, match="--dtype float32"):
         run.predict("some text", explain=False)
