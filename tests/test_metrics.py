@@ -198,6 +198,17 @@ def test_undefined_only_where_it_is():
             metric(*arrays)
 
 
+def test_a_fit_without_a_spread_has_no_interval(monkeypatch):
+    """Fails if a p that hardly differs, whose matrix is singular on some rows, is an error."""
+    def singular(matrix):
+        raise np.linalg.LinAlgError("Singular matrix")
+
+    fit = ([0, 1, 0, 1], [0.3, 0.4, 0.6, 0.7], None)
+    assert mt.none_if_undefined(mt.calibration_intervals, *fit) is not None
+    monkeypatch.setattr("numpy.linalg.inv", singular)
+    assert mt.none_if_undefined(mt.calibration_intervals, *fit) is None
+
+
 def test_what_is_wrong_is_not_taken_for_undefined():
     """Fails if wrong input becomes n/a in a table, if it is drawn again without an end, or if what
     is undefined is an error."""
@@ -205,9 +216,6 @@ def test_what_is_wrong_is_not_taken_for_undefined():
     assert mt.none_if_undefined(mt.auroc, [1, 1], [0.1, 0.2]) is None
     assert mt.none_if_undefined(mt.cohen_kappa, [], []) is None
     assert mt.none_if_undefined(mt.calibration_slope, [0, 1] * 2, [0.7, 0.7 + 2e-16] * 2) is None
-    y = [1, 1, 0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 1, 0]
-    steps = np.array([2, 0, 2, 3, 5, 2, 0, 0, 2, 6, 0, 6, 4, 3, 0, 4, 5, 3])
-    mt.none_if_undefined(mt.calibration_intervals, y, 0.568966218920396 + 1e-9 * steps, None)
     for wrong in (([0, 1], [0.5]), ([0, 1], [0.5, 1.5]), ([0, 2], [0.5, 0.5])):
         with pytest.raises(ValueError):
             mt.none_if_undefined(mt.auroc, *wrong)
