@@ -146,3 +146,20 @@ def test_a_cpu_that_only_emulates_bfloat16_does_not_get_it(run, tmp_path, monkey
     again = load_run(tmp_path / "run", device="cpu", pack=False)
     assert again.llama.norm.weight.dtype == dtype
     assert load_run(tmp_path / "run", dtype="float16").llama.norm.weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("environment, code", [({}, -15), ({"TORCHELASTIC_RUN_ID": "1"}, 0)])
+def test_a_second_signal_of_torchrun_lets_the_work_finish(environment, code):
+    """Fails if a signal that comes twice by way of torchrun ends a process that is saving, or if
+    the second one of a user does not end it."""
+    program = """
+import os, signal
+from plumbing.script import stop_signals
+with stop_signals() as caught:
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert len(caught) == 1
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE,
+                          env={**os.environ, **environment}, text=True)
+    assert done.returncode == code, done.stderr
